@@ -1,0 +1,346 @@
+"""The command `blip3o-ds`: parses arguments, calls the library, prints the result.
+
+Every command takes `--json`: the last line printed is then one JSON object. Exit status 0 done, 1 failed, 2 wrong
+usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blip3o_ds.config import SamplerConfig, get_blip3o_clip_config, load_run_config, preset_names
+from blip3o_ds.errors import Blip3oError, ConfigError, DataError
+
+TRAIN_FLAGS = {  # flag -> setting
+    "chunked_embeddings_dir": "data.train_dir",
+    "output_dir": "train.output_dir",
+    "training_mode": "model.token_layout",
+    "batch_size": "train.micro_batch_size",
+    "num_epochs": "train.num_epochs",
+    "learning_rate": "train.learning_rate",
+    "max_shards": "data.max_shards",
+    "overfit_test_size": "train.overfit_test_size",
+    "deepspeed_config": "train.deepspeed_config",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = build_parser().parse_args(arguments)
+    if args.command != ("train",):
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        result = args.run(args)
+    except Blip3oError as error:
+        print(f"blip3o-ds: error: {error}", file=sys.stderr)
+        if args.json and _rank() == 0:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__}), flush=True)
+        return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:  # no space, no permission: the message has the file's name
+        print(f"blip3o-ds: error: {error}", file=sys.stderr)
+        return 1
+    if args.json and _rank() == 0:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="blip3o-ds", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_inference(commands)
+    _add_plan(commands)
+    data = commands.add_parser("data", help="make, check and look at datasets").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    _add_data(data)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.set_defaults(run=run, command=(name,))
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    p = _command(commands, "train", run_train, "train a DiT; start it with the deepspeed launcher")
+    p.add_argument("--chunked_embeddings_dir", metavar="DIR", help="the training set: a folder with a manifest.json")
+    p.add_argument("--output_dir", metavar="DIR", help="where runs are kept")
+    p.add_argument("--model_size", default="base", choices=preset_names())
+    p.add_argument("--training_mode", choices=["patch_only", "cls_patch"])
+    p.add_argument("--batch_size", type=int, metavar="N", help="samples per rank and forward pass")
+    p.add_argument("--num_epochs", type=int, metavar="N")
+    p.add_argument("--learning_rate", type=float, metavar="X")
+    p.add_argument("--max_shards", type=int, metavar="N", help="use the first N shards alone")
+    p.add_argument("--overfit_test_size", type=int, metavar="N", help="train and evaluate on the first N samples alone")
+    p.add_argument("--debug_mode", action="store_true", help="log gradient norms by block and loss by timestep")
+    p.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting: train.ema_decay=0.999")
+    p.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; ds_configs/ has ready ones")
+    p.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="go on with the newest run, or with RUN")
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
+
+
+def run_train(args: argparse.Namespace) -> dict:
+    flags = {setting: getattr(args, flag) for flag, setting in TRAIN_FLAGS.items()}
+    flags["train.debug_mode"] = args.debug_mode or None
+    config = load_run_config(args.model_size, args.config, args.set, flags)
+    from blip3o_ds.training.trainer import train
+
+    return train(config, args.resume)
+
+
+def _add_inference(commands: Any) -> None:
+    p = _command(commands, "eval", run_eval, "generate on a dataset and measure, beside two baselines")
+    p.add_argument("model", metavar="RUN_OR_EXPORT", type=Path)
+    p.add_argument(
+        "--data", required=True, action="append", type=Path, metavar="DIR", help="may be given several times"
+    )
+    p.add_argument("--max_samples", type=int, metavar="N")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="also draw the result")
+    _add_sampler(p)
+    p = _command(commands, "generate", run_generate, "write generated embeddings as a dataset")
+    p.add_argument("model", metavar="RUN_OR_EXPORT", type=Path)
+    p.add_argument("--data", required=True, type=Path, metavar="DIR")
+    p.add_argument("--out", required=True, type=Path, metavar="DST")
+    _add_sampler(p)
+    p = _command(commands, "export", run_export, "turn a run's checkpoint into a folder for DiT.from_pretrained")
+    p.add_argument("run_dir", metavar="RUN", type=Path)
+    p.add_argument("dst", metavar="DST", type=Path)
+    p.add_argument("--step", type=int, metavar="N", help="of the checkpoint; the newest by default")
+
+
+def _add_sampler(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="of the solver; by default as the run was configured")
+    parser.add_argument("--solver", choices=["euler", "midpoint", "heun"])
+    parser.add_argument("--guidance_scale", type=float, metavar="X")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--batch_size", type=int, metavar="N")
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, SamplerConfig, int, Any]:
+    import torch
+
+    from blip3o_ds.evaluation.runs import load_for_inference
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_for_inference(args.model, device)
+    given = {name: getattr(args, name) for name in ("steps", "solver", "guidance_scale", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    wrong = [f"--{n} {v}" for n, v in given.items() if not isinstance(v, str) and v < (n == "steps")]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: expected a positive number")
+    sampler = loaded.config.eval.sampler.model_copy(update=given)
+    return loaded, sampler, args.batch_size or loaded.config.eval.batch_size, device
+
+
+def run_eval(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.shards import EmbeddingDataset
+    from blip3o_ds.evaluation.plots import plot_evaluation
+    from blip3o_ds.evaluation.report import evaluate, format_table
+
+    loaded, sampler, batch_size, device = _load(args)
+    if loaded.baselines is None:
+        raise DataError(f"{args.model}: baselines.safetensors is missing, and no score is given without its baselines")
+    results = {}
+    for folder in args.data:
+        dataset = EmbeddingDataset(folder, token_layout=loaded.config.model.token_layout)
+        results[folder.name] = evaluate(
+            loaded.model,
+            loaded.flow,
+            loaded.normalizer,
+            loaded.baselines,
+            dataset,
+            sampler,
+            batch_size=batch_size,
+            device=device,
+            seed=sampler.seed,
+            max_samples=args.max_samples,
+            progress=True,
+        )
+    print(format_table(results))
+    if args.plot:
+        plot_evaluation(results, args.plot)
+    return {
+        "model": str(args.model),
+        "splits": {split: result.to_dict() for split, result in results.items()},
+    }
+
+
+def run_generate(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.shards import EmbeddingDataset
+    from blip3o_ds.evaluation.generate import generate
+
+    loaded, sampler, batch_size, device = _load(args)
+    dataset = EmbeddingDataset(args.data, token_layout=loaded.config.model.token_layout)
+    return generate(
+        loaded.model,
+        loaded.flow,
+        loaded.normalizer,
+        dataset,
+        args.out,
+        sampler,
+        batch_size=batch_size,
+        device=device,
+    )
+
+
+def run_export(args: argparse.Namespace) -> dict:
+    from blip3o_ds.evaluation.runs import export
+
+    export(args.run_dir, args.dst, step=args.step)
+    print(f"exported to {args.dst}")
+    return {"export": str(args.dst)}
+
+
+def _add_plan(commands: Any) -> None:
+    p = _command(commands, "plan", run_plan, "what a run will cost: parameters, FLOPs, memory")
+    p.add_argument("--model_size", default="base", choices=preset_names())
+    p.add_argument("--training_mode", default="patch_only", choices=["patch_only", "cls_patch"])
+    p.add_argument("--batch_size", type=int, default=32, metavar="N", help="samples per GPU and forward pass")
+    p.add_argument("--gpus", type=int, default=1, metavar="N")
+    p.add_argument("--zero_stage", type=int, default=2, choices=[0, 1, 2, 3])
+    p.add_argument("--activation_checkpointing", action="store_true")
+
+
+def run_plan(args: argparse.Namespace) -> dict:
+    from blip3o_ds.planning.flops import train_flops_per_sample
+    from blip3o_ds.planning.memory import count_parameters, estimate_memory
+
+    model = get_blip3o_clip_config(args.model_size, args.training_mode)
+    memory = estimate_memory(
+        model,
+        zero_stage=args.zero_stage,
+        world_size=args.gpus,
+        micro_batch_size=args.batch_size,
+        precision="bf16",
+        activation_checkpointing=args.activation_checkpointing,
+        ema=True,
+    )
+    plan = {
+        "parameters": count_parameters(model),
+        "train_tflops_per_sample": train_flops_per_sample(model, args.activation_checkpointing) / 1e12,
+        "memory_gb": {name: getattr(memory, name) / 2**30 for name in (*memory.__dataclass_fields__, "total")},
+    }
+    print(f"{args.model_size}: {plan['parameters'] / 1e6:.1f} M parameters")
+    print(f"train step: {plan['train_tflops_per_sample']:.3f} TFLOP a sample")
+    for name, value in plan["memory_gb"].items():
+        print(f"{name:>12}: {value:7.2f} GiB per GPU")
+    return plan
+
+
+def _add_data(commands: Any) -> None:
+    p = _command(commands, "convert", run_convert, "turn pickled embedding shards into a dataset")
+    p.add_argument("src", metavar="SRC", type=Path)
+    p.add_argument("dst", metavar="DST", type=Path)
+    _add_storage(p)
+    p = _command(commands, "extract", run_extract, "turn images into a dataset of embeddings")
+    p.add_argument("images", metavar="IMAGES", type=Path, help="a folder of images or of webdataset tars")
+    p.add_argument("dst", metavar="DST", type=Path)
+    p.add_argument("--condition", required=True, metavar="ENCODER", help="for example eva-clip-8b")
+    p.add_argument("--target", required=True, metavar="ENCODER", help="for example clip-vit-l14")
+    p.add_argument("--condition_weights", metavar="DIR", help="local folder or hub name")
+    p.add_argument("--target_weights", metavar="DIR", help="local folder or hub name")
+    p.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with the weights")
+    p.add_argument("--batch_size", type=int, default=16, metavar="N")
+    _add_storage(p)
+    p = _command(commands, "demo", run_demo, "make the demo set from photographs that come with scikit-image")
+    p.add_argument("dst", metavar="DST", type=Path)
+    p = _command(commands, "verify", run_verify, "check every shard, index and sample of a dataset")
+    p.add_argument("dir", metavar="DIR", type=Path)
+    p = _command(commands, "stats", run_stats, "sizes and per-channel statistics of a dataset")
+    p.add_argument("dir", metavar="DIR", type=Path)
+    p = _command(commands, "inspect", run_inspect, "show a dataset's specification, or one sample")
+    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("key", metavar="KEY", nargs="?")
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--training_mode", choices=["patch_only", "cls_patch"], help="token layout to store")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32", "fp8-e4m3"])
+    parser.add_argument("--samples_per_shard", type=int, default=512, metavar="N")
+
+
+def run_convert(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.convert import convert
+
+    result = convert(
+        args.src,
+        args.dst,
+        token_layout=args.training_mode,
+        dtype=args.dtype,
+        samples_per_shard=args.samples_per_shard,
+    )
+    return _show(result)
+
+
+def run_extract(args: argparse.Namespace) -> dict:
+    from blip3o_ds.encoders.extract import extract
+
+    result = extract(
+        args.images,
+        args.dst,
+        condition=args.condition,
+        target=args.target,
+        condition_weights=args.condition_weights,
+        target_weights=args.target_weights,
+        token_layout=args.training_mode or "patch_only",
+        dtype=args.dtype,
+        samples_per_shard=args.samples_per_shard,
+        batch_size=args.batch_size,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return _show(result)
+
+
+def run_demo(args: argparse.Namespace) -> dict:
+    from blip3o_ds.encoders.demo import build_demo
+
+    return _show(build_demo(args.dst))
+
+
+def run_verify(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.verify import verify
+
+    report = verify(args.dir)
+    for problem in report.problems:
+        print(problem)
+    if report.problems:
+        raise DataError(f"{args.dir}: {len(report.problems)} problems found, listed above")
+    return _show(report.to_dict())
+
+
+def run_stats(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.verify import stats
+
+    return _show(stats(args.dir))
+
+
+def run_inspect(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.verify import inspect
+
+    return _show(inspect(args.dir, args.key))
+
+
+def _show(result: dict) -> dict:
+    for name, value in result.items():
+        print(f"{name}: {value}")
+    return result
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

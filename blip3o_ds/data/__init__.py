@@ -1,0 +1,1 @@
+"""The dataset format: shards, index, manifest, conversion, global order and loader."""

@@ -1,0 +1,47 @@
+"""Mean and variance of every channel, gathered in one pass over data that does not fit in memory.
+
+Sums of squared deviations are merged pairwise in float64 (Chan, Golub & LeVeque 1983), which loses nothing when
+the mean is large against the deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from blip3o_ds.data.schema import ChannelStats
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMoments:
+    """Count, mean and sum of squared deviations from the mean, per channel."""
+
+    count: int
+    mean: np.ndarray  # [D] float64
+    m2: np.ndarray  # [D] float64
+
+    @staticmethod
+    def empty(dim: int) -> ChannelMoments:
+        return ChannelMoments(0, np.zeros(dim), np.zeros(dim))
+
+    @staticmethod
+    def of(tokens: np.ndarray) -> ChannelMoments:
+        """The moments of `tokens` [N, D]."""
+        values = tokens.astype(np.float64)
+        mean = values.mean(axis=0)
+        values -= mean
+        return ChannelMoments(len(values), mean, np.einsum("nd,nd->d", values, values))
+
+    def merge(self, other: ChannelMoments) -> ChannelMoments:
+        """The moments of both sets together."""
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        m2 = self.m2 + other.m2 + delta * delta * (self.count * other.count / count)
+        return ChannelMoments(count, mean, m2)
+
+    def to_stats(self) -> ChannelStats:
+        return ChannelStats(mean=self.mean, var=self.m2 / max(self.count, 1), count=self.count)

@@ -1,0 +1,94 @@
+"""The order in which samples are seen: a pure function of the seed, the epoch and the shards' sizes.
+
+Shards are permuted, then samples within each window of consecutive permuted shards, so reads stay within a few
+open files. Positions count samples over the endless concatenation of epochs, and no world size enters.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from blip3o_ds.errors import DataError
+
+_CACHED_WINDOWS = 2  # a step may straddle two windows
+_SHARD_STREAM = 0  # windows take streams 1, 2, ...
+
+
+class GlobalOrder:
+    """Finds the sample at a global position.
+
+    `shard_sizes` are samples per shard, `window_shards` is the number of shards whose samples are mixed. Holds the
+    permutation of the shards and of two windows, whatever the size of the dataset. Not for use by several threads
+    at once.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window_shards: int = 16) -> None:
+        if not 0 <= seed < 1 << 64:
+            raise DataError(f"the order's seed must lie in [0, 2**64), found {seed}")
+        if window_shards < 1:
+            raise DataError(f"window_shards must be at least 1, found {window_shards}")
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        if self._sizes.ndim != 1 or (self._sizes < 0).any() or self._sizes.sum() == 0:
+            raise DataError("the order needs at least one sample, in shards of non-negative sizes")
+        self.seed = seed
+        self.window_shards = window_shards
+        self.num_samples = int(self._sizes.sum())
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._windows: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(shard, index in the shard) of the sample at a global position; `position // num_samples` is its epoch."""
+        return self.slice(position, position + 1)[0]
+
+    def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(shard, index) of the positions `start` to `stop`, which may span windows and epochs."""
+        if start < 0:
+            raise DataError(f"positions start at 0, found {start}")
+        places: list[tuple[int, int]] = []
+        while start < stop:
+            epoch, within = divmod(start, self.num_samples)
+            _, ends = self._shard_order(epoch)
+            window = int(np.searchsorted(ends, within, side="right"))
+            begin = int(ends[window - 1]) if window else 0
+            shards, indices = self._window(epoch, window)
+            first, last = within - begin, min(within - begin + stop - start, len(shards))
+            places += zip(shards[first:last].tolist(), indices[first:last].tolist(), strict=True)
+            start += last - first
+        return places
+
+    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of an epoch in order, and the position within the epoch at which each window ends."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            shards = _permutation(self.seed, epoch, _SHARD_STREAM, len(self._sizes))
+            starts = np.arange(0, len(shards), self.window_shards)
+            self._epoch = epoch, shards, np.cumsum(np.add.reduceat(self._sizes[shards], starts))
+        return self._epoch[1], self._epoch[2]
+
+    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and index of every sample of a window, mixed."""
+        cached = self._windows.pop((epoch, window), None)
+        if cached is None:
+            order, _ = self._shard_order(epoch)
+            members = order[window * self.window_shards : (window + 1) * self.window_shards]
+            shards = np.repeat(members, self._sizes[members])
+            indices = np.concatenate([np.arange(size) for size in self._sizes[members]])
+            mixed = _permutation(self.seed, epoch, 1 + window, len(shards))
+            cached = shards[mixed], indices[mixed]
+        self._windows[(epoch, window)] = cached
+        if len(self._windows) > _CACHED_WINDOWS:
+            self._windows.popitem(last=False)
+        return cached
+
+
+def _permutation(seed: int, epoch: int, stream: int, size: int) -> np.ndarray:
+    """A permutation of `range(size)` that will not change with numpy's version.
+
+    numpy guarantees the bits of Philox (Salmon et al. 2011) but not what `Generator.permutation` makes of them, so
+    it is the stable order of random keys. Seed and epoch are the cipher's key; the stream is a high word of the
+    counter, so streams never overlap.
+    """
+    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, stream, 0], np.uint64))
+    return np.argsort(bits.random_raw(size), kind="stable")

@@ -1,0 +1,1 @@
+"""Images to patch embeddings, and from there to shards."""

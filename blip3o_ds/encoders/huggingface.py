@@ -1,0 +1,75 @@
+"""The published pair, EVA-CLIP-8B and CLIP ViT-L/14, through `transformers`, from a hub name or a folder.
+
+Both give the last hidden state of the vision tower as it is, before any final norm or projection: 257 tokens,
+CLS first. EVA-CLIP's network is Python code in the repository of its weights and runs only with an explicit
+consent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from blip3o_ds.encoders.encoder import EncoderSpec, LoadOptions
+from blip3o_ds.errors import EncoderError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
+    """The vision tower of CLIP ViT-L/14 (Radford et al. 2021): [B, 3, 224, 224] -> [B, 257, 1024].
+
+    Token 0 is CLS, the 256 others are the 16x16 patches row by row; raw last hidden state, no post-layernorm.
+    """
+    model = _from_pretrained("CLIPVisionModel", spec, options, trust_remote_code=False)
+    return _LastHiddenState(model).to(options.device)
+
+
+def load_eva_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
+    """The vision tower of EVA-CLIP-8B (Sun et al. 2024): [B, 3, 224, 224] -> [B, 257, 4096].
+
+    Token 0 is CLS, the 256 others are the 16x16 patches row by row; raw last hidden state, no post-layernorm.
+    Raises EncoderError without `trust_remote_code`, since the network's code is downloaded with its weights.
+    """
+    if not options.trust_remote_code:
+        raise EncoderError(
+            f"{spec.name}: {options.weights} brings its own Python code, which loading it would run here; "
+            "read that code, then allow it with trust_remote_code (--trust_remote_code on the command line)"
+        )
+    model = _from_pretrained("AutoModel", spec, options, trust_remote_code=True)
+    tower = getattr(model, "vision_model", None)
+    if not isinstance(tower, nn.Module):
+        raise EncoderError(
+            f"{spec.name}: the model in {options.weights}, a {type(model).__name__}, has no `vision_model`; "
+            "expected the layout of BAAI/EVA-CLIP-8B"
+        )
+    return _LastHiddenState(tower).to(options.device)
+
+
+class _LastHiddenState(nn.Module):
+    """A vision tower reduced to the one output that is wanted."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tower(pixel_values=images, return_dict=True).last_hidden_state  # [B, N, D]
+
+
+def _from_pretrained(class_name: str, spec: EncoderSpec, options: LoadOptions, trust_remote_code: bool) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise EncoderError(f"{spec.name} needs the package transformers: pip install 'blip3o-ds[extract]'") from error
+    model_class = getattr(transformers, class_name)
+    try:
+        return model_class.from_pretrained(options.weights, dtype=options.dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        raise EncoderError(
+            f"{spec.name}: cannot load {options.weights}: {error}. Name a folder that holds the model "
+            "(config.json and its weights), or a hub repository that this machine can reach"
+        ) from error

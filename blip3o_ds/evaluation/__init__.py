@@ -1,0 +1,1 @@
+"""Metrics on generated embeddings, beside baselines that need no training."""

@@ -1,0 +1,243 @@
+"""What needs no training: the mean embedding, and per-token ridge regression from EVA to CLIP.
+
+Both are fitted in one pass over the training set, in float64, in the normalizer's network space; a model that does not
+beat the ridge has learnt nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.errors import CheckpointError, DataError
+from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
+from blip3o_ds.files import atomic_write_bytes
+
+logger = logging.getLogger(__name__)
+
+HELDOUT_EVERY = 10  # every tenth sample chooses the penalty
+PENALTY_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-16, 7))  # relative to the mean eigenvalue
+DEFAULT_PENALTY = 1e-2  # where there are too few samples to hold any out
+FIT_BATCH = 8  # samples read and multiplied at once
+_TENSORS = ("eva_mean", "clip_mean", "ridge_weight", "ridge_bias")
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The two baselines, fp32; embeddings go in and come out in network space."""
+
+    eva_mean: Tensor  # [eva_dim]
+    clip_mean: Tensor  # [clip_dim]
+    ridge_weight: Tensor  # [clip_dim, eva_dim]
+    ridge_bias: Tensor  # [clip_dim]
+    ridge_lambda: float  # the penalty on the per-token covariance
+    num_samples: int  # that it was fitted on, ...
+    dataset_samples: int  # ... of so many
+    heldout_r2: float | None  # share of variance explained on the held-out tenth; None where there was none
+
+    def predict_mean(self, eva: Tensor) -> Tensor:
+        """The mean embedding for every token: [B, N, eva_dim] -> [B, N, clip_dim] in fp32."""
+        return self.clip_mean.expand(*eva.shape[:-1], -1)
+
+    def predict_ridge(self, eva: Tensor) -> Tensor:
+        """`(eva - eva_mean) @ weight.T + bias`: [B, N, eva_dim] -> [B, N, clip_dim] in fp32."""
+        return (eva.float() - self.eva_mean) @ self.ridge_weight.T + self.ridge_bias
+
+    def to(self, device: torch.device | str) -> Baselines:
+        """The same on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, the figures of the fit in its metadata."""
+        tensors = {name: getattr(self, name).detach().cpu().contiguous().clone() for name in _TENSORS}
+        facts = ("ridge_lambda", "num_samples", "dataset_samples", "heldout_r2")
+        metadata = {name: json.dumps(getattr(self, name)) for name in facts}
+        atomic_write_bytes(path, safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Baselines:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or holds something else.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                facts = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+                return cls(**{name: file.get_tensor(name) for name in _TENSORS}, **facts)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; training writes it at its start") from None
+        except (safetensors.SafetensorError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not hold the baselines of a run: {error}") from None
+
+
+def fit_baselines(
+    dataset: EmbeddingDataset,
+    normalizer: Normalizer,
+    max_samples: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Baselines:
+    """Fit the mean and the ridge on the tokens of `dataset`, or of `max_samples` spread evenly over it.
+
+    The ridge (Hoerl & Kennard 1970) minimises the mean of |clip - prediction|^2 over tokens plus
+    lambda |weight|^2. Lambda is the one of `PENALTY_GRID`, times the mean eigenvalue of the tokens' covariance, that
+    explains most variance on every tenth sample, held out; the weights are then fitted again on all samples. One pass
+    of the data, and memory for three matrices [eva_dim, eva_dim] in float64.
+
+    Raises:
+        DataError: the dataset is empty, or an embedding is not finite.
+    """
+    indices = spread_indices(len(dataset), max_samples)
+    if not indices:
+        raise DataError("the baselines need at least one training sample, the dataset has none")
+    kept, heldout = _collect_moments(dataset, normalizer, indices, device)
+    everything = kept if heldout is None else kept.joined(heldout)
+    penalty, heldout_r2 = (DEFAULT_PENALTY, None) if heldout is None else _choose_penalty(kept, heldout)
+    weight, ridge_lambda = _solve_ridge(everything, penalty)
+    if heldout_r2 is not None:
+        logger.info("ridge baseline: held-out R2 %.4f with lambda %.3g", heldout_r2, ridge_lambda)
+    clip_mean = everything.y_mean.float().cpu()
+    return Baselines(
+        eva_mean=everything.x_mean.float().cpu(),
+        clip_mean=clip_mean,
+        ridge_weight=weight.float().cpu(),
+        ridge_bias=clip_mean.clone(),
+        ridge_lambda=ridge_lambda,
+        num_samples=len(indices),
+        dataset_samples=len(dataset),
+        heldout_r2=heldout_r2,
+    )
+
+
+class _Moments:
+    """Sums over tokens of x, y, x x^T, x y^T and y^2 in float64, around a fixed origin near the mean.
+
+    The origin keeps the subtraction of the mean from cancelling digits.
+    """
+
+    def __init__(self, x_origin: Tensor, y_origin: Tensor) -> None:
+        self.x_origin, self.y_origin = x_origin, y_origin
+        self.count = 0
+        self.x, self.y = torch.zeros_like(x_origin), torch.zeros_like(y_origin)
+        self.xx = x_origin.new_zeros(len(x_origin), len(x_origin))
+        self.xy = x_origin.new_zeros(len(x_origin), len(y_origin))
+        self.yy = y_origin.new_zeros(())
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add tokens x [T, eva_dim] and y [T, clip_dim]."""
+        x, y = x - self.x_origin, y - self.y_origin
+        self.count += len(x)
+        self.x += x.sum(dim=0)
+        self.y += y.sum(dim=0)
+        self.xx.addmm_(x.T, x)
+        self.xy.addmm_(x.T, y)
+        self.yy += y.square().sum()
+
+    def joined(self, other: _Moments) -> _Moments:
+        """The moments of both sets of tokens; `other` is spent."""
+        total = _Moments.__new__(_Moments)
+        total.x_origin, total.y_origin = self.x_origin, self.y_origin
+        total.count = self.count + other.count
+        for name in ("x", "y", "xx", "xy", "yy"):
+            setattr(total, name, getattr(other, name).add_(getattr(self, name)))
+        return total
+
+    @property
+    def x_mean(self) -> Tensor:
+        return self.x_origin + self.x / self.count
+
+    @property
+    def y_mean(self) -> Tensor:
+        return self.y_origin + self.y / self.count
+
+    def covariances(self, x_mean: Tensor, y_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means over tokens of (x-x_mean)(x-x_mean)^T, (x-x_mean)(y-y_mean)^T and |y-y_mean|^2."""
+        dx, dy = x_mean - self.x_origin, y_mean - self.y_origin
+        x, y = self.x / self.count, self.y / self.count
+        xx = self.xx / self.count
+        xx -= torch.outer(x, dx) + torch.outer(dx, x - dx)
+        xy = self.xy / self.count
+        xy -= torch.outer(x, dy) + torch.outer(dx, y - dy)
+        yy = self.yy / self.count - 2 * (y @ dy) + dy @ dy
+        return xx, xy, yy
+
+
+def _collect_moments(
+    dataset: EmbeddingDataset, normalizer: Normalizer, indices: list[int], device: torch.device | str
+) -> tuple[_Moments, _Moments | None]:
+    heldout_indices = indices[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    kept_indices = [index for n, index in enumerate(indices) if n % HELDOUT_EVERY != HELDOUT_EVERY - 1]
+    progress = ProgressLog(logger, "fitting the ridge baseline", len(indices))
+    done, groups, origin = 0, [], None
+    for group in (kept_indices, heldout_indices):
+        moments = None
+        for x, y in _tokens(dataset, normalizer, group, device):
+            origin = origin or (x.mean(dim=0), y.mean(dim=0))
+            moments = moments or _Moments(*origin)
+            moments.add(x, y)
+            done = min(done + FIT_BATCH, len(indices))
+            progress.at(done)
+        groups.append(moments)
+    return groups[0], groups[1]
+
+
+def _tokens(
+    dataset: EmbeddingDataset, normalizer: Normalizer, indices: list[int], device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in read_batches(dataset, indices, FIT_BATCH):
+        x = normalizer.eva(batch.eva.float()).flatten(0, 1).to(device).double()
+        y = normalizer.clip(batch.clip.float()).flatten(0, 1).to(device).double()
+        if not (x.isfinite().all() and y.isfinite().all()):
+            raise DataError(
+                f"samples {', '.join(batch.keys)}: an embedding among them holds NaN or infinity; "
+                "blip3o-ds data verify DIR names it"
+            )
+        yield x, y
+
+
+def _choose_penalty(kept: _Moments, heldout: _Moments) -> tuple[float, float]:
+    """The relative penalty with the smallest held-out error, and its R2; no second pass over the data.
+
+    With the eigenvectors Q of the kept covariance, every penalty's solution is diagonal in Q, and its held-out error
+    follows from the held-out covariances: |y|^2 - 2 <W, C_xy> + <W, C_xx W>.
+    """
+    x_mean, y_mean = kept.x_mean, kept.y_mean
+    covariance, cross, _ = kept.covariances(x_mean, y_mean)
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    scale = float(eigenvalues.mean())
+    heldout_covariance, heldout_cross, heldout_square = heldout.covariances(x_mean, y_mean)
+    cross, heldout_cross = vectors.T @ cross, vectors.T @ heldout_cross
+    heldout_covariance = vectors.T @ heldout_covariance @ vectors
+    if scale <= 0 or heldout_square <= 0:
+        return DEFAULT_PENALTY, 0.0
+
+    best = (DEFAULT_PENALTY, float("inf"))
+    for penalty in PENALTY_GRID:
+        weight = cross / (eigenvalues.clamp(min=0) + penalty * scale)[:, None]
+        fit = -2 * (weight * heldout_cross).sum() + (weight * (heldout_covariance @ weight)).sum()
+        error = float(heldout_square + fit)
+        if error < best[1]:
+            best = (penalty, error)
+    return best[0], 1 - best[1] / float(heldout_square)
+
+
+def _solve_ridge(moments: _Moments, penalty: float) -> tuple[Tensor, float]:
+    """The weight [clip_dim, eva_dim], and the absolute lambda."""
+    covariance, cross, _ = moments.covariances(moments.x_mean, moments.y_mean)
+    scale = float(covariance.diagonal().mean())  # the mean eigenvalue
+    if scale <= 0:
+        return torch.zeros_like(cross.T), 0.0  # all tokens are the same: there is nothing to regress on
+    ridge_lambda = penalty * scale
+    covariance.diagonal().add_(ridge_lambda)
+    factor = torch.linalg.cholesky(covariance)
+    return torch.cholesky_solve(cross, factor).T, ridge_lambda

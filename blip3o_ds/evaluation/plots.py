@@ -1,0 +1,135 @@
+"""Pictures of an evaluation and of a training run, drawn without a display.
+
+Both read plain results: an `EvalResult` for each split, or the lines of a run's `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip3o_ds.errors import DataError
+from blip3o_ds.evaluation.report import READINGS, EvalResult, row_label
+from blip3o_ds.files import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+_COLOURS = {"posterior_mean": "#1b6ca8", "sampled": "#7fb8dd", "ridge": "#e08e2b", "mean_embedding": "#9a9a9a"}
+_STYLES = {"posterior_mean": "-", "sampled": "--", "ridge": ":", "mean_embedding": ":"}
+
+
+def plot_evaluation(results: dict[str, EvalResult], path: str | Path) -> None:
+    """Bars of `clip_similarity`, raw and centred, for each split and reading, as a PNG file."""
+    figure = _figure(width=max(9.0, 3.0 * len(results) + 4.0), height=4.6)
+    panels = {"clip_similarity": "as it is", "clip_similarity_centered": "training mean subtracted"}
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (metric, title) in zip(axes, panels.items(), strict=True):
+        _bars(ax, results, metric)
+        ax.set_title(f"{metric}\n({title})", fontsize=10)
+    axes[0].set_ylabel("mean token cosine")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
+    """Curves over the optimizer steps of a `metrics.jsonl`, as a PNG file.
+
+    Three panels: training `loss`, training `velocity_similarity`, and `clip_similarity` of each evaluation.
+
+    Raises:
+        DataError: the file is missing, holds a line that is not JSON, or has no line of training.
+    """
+    lines = read_metrics(metrics_path)
+    train = [line for line in lines if line["kind"] == "train"]
+    if not train:
+        raise DataError(f"{metrics_path} holds no line of kind train yet, so there is no curve to draw")
+    figure = _figure(width=13.0, height=4.2)
+    axes = figure.subplots(1, 3)
+    for ax, name in zip(axes, ("loss", "velocity_similarity"), strict=False):
+        steps, values = zip(*((line["step"], line[name]) for line in train), strict=True)
+        ax.plot(steps, values, color=_COLOURS["posterior_mean"], marker="." if len(train) < 40 else "")
+        ax.set_title(f"train {name}", fontsize=10)
+    if min(line["loss"] for line in train) > 0:
+        axes[0].set_yscale("log")
+    _evaluation_curves(axes[2], [line for line in lines if line["kind"] == "eval"])
+    for ax in axes:
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that is still being written is left out.
+
+    Raises:
+        DataError: the file is missing, or a line is not a JSON object.
+    """
+    try:
+        texts = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; a training run writes it in its folder") from None
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number == len(texts):
+                logger.warning("%s: line %d is cut off and left out", path, number)
+                break
+            raise DataError(f"{path}: line {number} is not JSON: {error}") from None
+    return lines
+
+
+def _bars(ax: Axes, results: dict[str, EvalResult], metric: str) -> None:
+    width = 0.8 / len(READINGS)
+    for offset, reading in enumerate(READINGS):
+        values = [result.readings[reading][metric] for result in results.values()]
+        places = [place + (offset - (len(READINGS) - 1) / 2) * width for place in range(len(results))]
+        label = row_label(reading, next(iter(results.values())).sampler)
+        bars = ax.bar(places, values, width * 0.95, label=label, color=_COLOURS[reading])
+        ax.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    ax.set_xticks(range(len(results)), list(results))
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.margins(y=0.12)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+
+
+def _evaluation_curves(ax: Axes, lines: list[dict[str, Any]]) -> None:
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    for line in lines:
+        curves[line["split"], line["reading"]].append((line["step"], line["clip_similarity"]))
+    splits = list(dict.fromkeys(split for split, _ in curves))
+    for (split, reading), points in curves.items():
+        steps, values = zip(*sorted(points), strict=True)
+        colour = f"C{splits.index(split)}"
+        alpha = 0.5 if reading == "mean_embedding" else 1.0
+        marker = "o" if len(points) < 20 else ""
+        label = f"{split}: {reading}"
+        ax.plot(steps, values, color=colour, alpha=alpha, ls=_STYLES[reading], marker=marker, ms=3, label=label)
+    ax.set_title("eval clip_similarity", fontsize=10)
+    if curves:
+        ax.legend(fontsize=7)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    atomic_write_bytes(path, picture.getvalue())

@@ -1,0 +1,203 @@
+"""Evaluation by generation: the model's two readings and the two baselines on one dataset, as one table and picture.
+
+The noise of an image depends on the seed and its index alone, so a result does not change with batch size or ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_ds.config import SamplerConfig
+from blip3o_ds.data.loader import Batch
+from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.errors import DataError
+from blip3o_ds.evaluation.baselines import Baselines
+from blip3o_ds.evaluation.metrics import METRIC_NAMES, MetricAccumulator
+from blip3o_ds.evaluation.subset import ProgressLog, read_batch, spread_indices
+from blip3o_ds.flow.objective import FlowObjective, Model
+from blip3o_ds.flow.solvers import posterior_mean, sample
+
+logger = logging.getLogger(__name__)
+
+READINGS = ("posterior_mean", "sampled", "ridge", "mean_embedding")
+EVALUATION_POSITIONS = 1 << 40  # past every position of training, so that its noise is never met again here
+
+Gather = Callable[[Any], list[Any]]  # this rank's object -> every rank's, in rank order
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The metrics of one dataset: `readings[reading][metric]` for `READINGS` and `METRIC_NAMES`."""
+
+    readings: dict[str, dict[str, float]]
+    num_samples: int  # evaluated, ...
+    dataset_samples: int  # ... of so many
+    space: str  # "raw" embeddings, or "unit_norm" ones, where normalization full cannot be undone
+    sampler: SamplerConfig
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**asdict(self), "sampler": self.sampler.model_dump(mode="json")}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> EvalResult:
+        """Back from `to_dict`."""
+        return cls(**{**content, "sampler": SamplerConfig(**content["sampler"])})
+
+
+def evaluate(
+    model: Model,
+    flow: FlowObjective,
+    normalizer: Normalizer,
+    baselines: Baselines,
+    dataset: EmbeddingDataset,
+    sampler: SamplerConfig,
+    batch_size: int,
+    device: torch.device | str,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather | None = None,
+    max_samples: int | None = None,
+    progress: bool = False,
+) -> EvalResult:
+    """Generate the embeddings of `dataset` and compare them with the true ones.
+
+    Four readings stand side by side: `posterior_mean` (one network evaluation from noise: the least distortion),
+    `sampled` (the ODE followed by `sampler`: the right distribution; Blau & Michaeli 2018), `ridge` and
+    `mean_embedding`. Metrics are on raw embeddings, the normalisation undone; with `full`, which cannot be undone, on
+    unit-norm ones, where the generated are taken as they come. `max_samples` are spread evenly over the dataset.
+
+    With several ranks each takes every `world_size`-th sample and all call the model equally often (ZeRO-3 gathers
+    parameters in every call); `gather` joins their results, and every rank returns the whole result.
+
+    Raises:
+        DataError: the dataset is empty.
+        Blip3oError: an embedding is not finite; the image is named.
+    """
+    indices = spread_indices(len(dataset), max_samples)
+    if not indices:
+        raise DataError("the dataset to evaluate is empty")
+    baselines = baselines.to(device)
+    train_mean = normalizer.clip_inverse(baselines.clip_mean)
+    accumulators = {reading: MetricAccumulator(train_mean, reading) for reading in READINGS}
+    own = indices[rank::world_size]
+    calls = -(-len(indices[::world_size]) // batch_size)  # of the rank with the most samples
+    speak = ProgressLog(logger, "evaluating", len(own)) if progress and rank == 0 else None
+    for call in range(calls):
+        part = own[call * batch_size : (call + 1) * batch_size]
+        batch = read_batch(dataset, part or indices[:1])
+        target, generated = _generate(model, flow, normalizer, baselines, batch, sampler, device, seed)
+        if not part:  # this rank has run out; the call was for the others' sake
+            continue
+        for reading, embeddings in generated.items():
+            accumulators[reading].update(embeddings, target, part)
+        if speak:
+            speak.at(call * batch_size + len(part))
+    return EvalResult(
+        readings=_join(accumulators, gather),
+        num_samples=len(indices),
+        dataset_samples=len(dataset),
+        space="unit_norm" if normalizer.mode == "full" else "raw",
+        sampler=sampler,
+        seed=seed,
+    )
+
+
+def format_table(results: dict[str, EvalResult]) -> str:
+    """A plain table of several datasets' results, one block each, with a line that explains the columns."""
+    blocks = [_block(split, result) for split, result in results.items()]
+    return "\n\n".join([*blocks, _LEGEND])
+
+
+def evaluation_noise(
+    flow: FlowObjective, indices: Tensor, shape: tuple[int, int], seed: int, device: torch.device | str
+) -> Tensor:
+    """The noise [B, N, D] from which the images at `indices` [B] are generated; `shape` is (N, D)."""
+    return flow.sample_noise_and_time(indices + EVALUATION_POSITIONS, shape, seed, device)[0]
+
+
+@torch.no_grad()
+def _generate(
+    model: Model,
+    flow: FlowObjective,
+    normalizer: Normalizer,
+    baselines: Baselines,
+    batch: Batch,
+    sampler: SamplerConfig,
+    device: torch.device | str,
+    seed: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    eva = normalizer.eva(batch.eva.to(device).float())
+    clip = normalizer.clip(batch.clip.to(device).float())
+    noise = evaluation_noise(flow, batch.positions, tuple(clip.shape[1:]), seed, device)
+    generated = {
+        "posterior_mean": posterior_mean(model, flow, eva, noise),
+        "sampled": sample(model, flow, eva, noise, sampler),
+        "ridge": baselines.predict_ridge(eva),
+        "mean_embedding": baselines.predict_mean(eva),
+    }
+    return normalizer.clip_inverse(clip), {name: normalizer.clip_inverse(y) for name, y in generated.items()}
+
+
+def _join(accumulators: dict[str, MetricAccumulator], gather: Gather | None) -> dict[str, dict[str, float]]:
+    own = {reading: accumulator.payload() for reading, accumulator in accumulators.items()}
+    ranks = [own] if gather is None else gather(own)
+    return {
+        reading: MetricAccumulator.from_payloads([payloads[reading] for payloads in ranks], reading).compute()
+        for reading in accumulators
+    }
+
+
+_COLUMNS = dict(
+    zip(
+        METRIC_NAMES,
+        ("cos", "cos-c", ">0.7", ">0.8", ">0.9", "mse", "norm", "R@1", "R@5", "frechet", "var"),
+        strict=True,
+    )
+)
+_LEGEND = (
+    "cos: clip_similarity, cos-c: clip_similarity_centered (training mean subtracted), >x: share of images above,\n"
+    "norm: norm_ratio, R@k: retrieval_rk, frechet: frechet_diagonal, var: variance_ratio (1 is right for norm, var)"
+)
+
+
+def row_label(reading: str, sampler: SamplerConfig) -> str:
+    """How a reading is called in tables and pictures."""
+    guidance = "" if sampler.guidance_scale == 1 else f", guidance {sampler.guidance_scale:g}"
+    steps = f"{sampler.steps} step{'s' if sampler.steps > 1 else ''}"
+    return {
+        "posterior_mean": "DiT posterior mean",
+        "sampled": f"DiT sampled ({steps} {sampler.solver}{guidance})",
+        "ridge": "ridge from EVA",
+        "mean_embedding": "mean embedding",
+    }[reading]
+
+
+def _block(split: str, result: EvalResult) -> str:
+    images = f"{result.num_samples} images"
+    if result.num_samples < result.dataset_samples:
+        images += f" of {result.dataset_samples}"
+    space = "raw embeddings" if result.space == "raw" else "unit-norm embeddings"
+    labels = {reading: row_label(reading, result.sampler) for reading in READINGS}
+    width = max(len(label) for label in labels.values())
+    lines = [f"{split} ({images}, {space})", " " * width + "".join(f"{c:>9}" for c in _COLUMNS.values())]
+    for reading, label in labels.items():
+        metrics = result.readings[reading]
+        lines.append(f"{label:<{width}}" + "".join(_cell(metrics[name]) for name in METRIC_NAMES))
+    return "\n".join(lines)
+
+
+def _cell(value: float) -> str:
+    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.2e}"
+    if 0 < abs(value) < 0.001:
+        text = f"{value:.1e}"
+    return f"{text:>9}"

@@ -1,0 +1,66 @@
+"""Which samples an evaluation or a fit looks at, and reading them in batches.
+
+A part of a dataset is spread evenly over it, not its head: shards are often sorted by where the images came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+
+from blip3o_ds.data.loader import Batch
+from blip3o_ds.data.shards import EmbeddingDataset
+
+PROGRESS_SECONDS = 10.0
+
+
+def spread_indices(total: int, max_samples: int | None) -> list[int]:
+    """`max_samples` indices spread evenly over `range(total)`, ascending; all of them where there are no more."""
+    if max_samples is None or max_samples >= total:
+        return list(range(total))
+    return [i * total // max_samples for i in range(max_samples)]
+
+
+def locate(dataset: EmbeddingDataset, index: int) -> tuple[int, int]:
+    """`(shard, index in the shard)` of the sample at sequential `index` of the dataset."""
+    ends = list(accumulate(dataset.shard_sizes))
+    shard = bisect_right(ends, index)
+    return shard, index - (ends[shard - 1] if shard else 0)
+
+
+def read_batch(dataset: EmbeddingDataset, indices: Sequence[int]) -> Batch:
+    """The samples at sequential `indices` of the dataset, stacked; their `positions` are the indices."""
+    samples = [dataset.read(*locate(dataset, index)) for index in indices]
+    return Batch(
+        eva=torch.stack([sample.eva for sample in samples]),
+        clip=torch.stack([sample.clip for sample in samples]),
+        positions=torch.tensor(list(indices), dtype=torch.int64),
+        keys=[sample.key for sample in samples],
+    )
+
+
+def read_batches(dataset: EmbeddingDataset, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    """The samples at `indices` in batches of `batch_size`, the last one shorter."""
+    for start in range(0, len(indices), batch_size):
+        yield read_batch(dataset, indices[start : start + batch_size])
+
+
+class ProgressLog:
+    """Says how far a long loop is, at most every `PROGRESS_SECONDS`."""
+
+    def __init__(self, logger: logging.Logger, what: str, total: int) -> None:
+        self._logger, self._what, self._total = logger, what, total
+        self._began = self._spoke = time.monotonic()
+
+    def at(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._spoke < PROGRESS_SECONDS:
+            return
+        self._spoke = now
+        left = (now - self._began) / max(done, 1) * (self._total - done)
+        self._logger.info("%s: %d of %d images, about %.0f s left", self._what, done, self._total, left)

@@ -1,0 +1,1 @@
+"""Rectified flow: path, targets, timestep law and loss; ODE solvers and guidance."""

@@ -1,0 +1,1 @@
+"""The diffusion transformer, with nothing of training in it."""

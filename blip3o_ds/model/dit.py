@@ -1,0 +1,256 @@
+"""The diffusion transformer: noisy CLIP embeddings, a timestep and EVA embeddings in, CLIP embeddings out.
+
+What the output means (clean embedding or velocity) is the flow's affair; here it is a tensor `[B, N, clip_dim]`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blip3o_ds.config import ModelConfig
+from blip3o_ds.errors import CheckpointError, ConfigError
+from blip3o_ds.files import atomic_write_bytes, atomic_write_json
+from blip3o_ds.model.layers import (
+    Condition,
+    CrossAttention,
+    LinearSkip,
+    Modulation,
+    RMSNorm,
+    Rope,
+    Sandwich,
+    SelfAttention,
+    SwiGLU,
+    TimestepEmbedding,
+    projection,
+    zero_projection,
+)
+from blip3o_ds.model.positions import RotaryTables
+
+MODEL_TYPE = "blip3o_dit"
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+class DiT(nn.Module):
+    """Diffusion transformer over a grid of tokens, conditioned on EVA embeddings of the same grid.
+
+    Blocks are self-attention, cross-attention and SwiGLU in sandwich norms with adaLN-zero (Lumina-Next, Zhuo et al.
+    2024). At initialisation every gate and the output projection are zero: the output is zero, or the linear skip.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.norm_eps
+        self.config = config
+        self.gradient_checkpointing = False
+        self.rope = RotaryTables(
+            config.grid_size, config.token_layout == "cls_patch", config.head_dim, config.rope_theta
+        )
+        self.timestep = TimestepEmbedding(config.timestep_embed_dim, D)
+        self.condition = Condition(config.eva_dim, D, eps)
+        self.clip_in = projection(config.clip_dim, D, bias=True)
+        self.first_modulation = Modulation(D, 1)
+        self.first_norm = RMSNorm(D, eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.clip_out = zero_projection(D, config.clip_dim)
+        self.linear_skip = None if config.linear_skip == "none" else LinearSkip(config.eva_dim, config.clip_dim)
+
+    def forward(self, noisy_clip: Tensor, timesteps: Tensor, eva: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Predict for a batch; inputs are cast to the model's dtype, which the output has.
+
+        Args:
+            noisy_clip: `[B, N, clip_dim]`.
+            timesteps: `[B]` in [0, 1], 0 is noise and 1 is data; fp32, whatever the model's dtype.
+            eva: `[B, N, eva_dim]`.
+            drop: `[B]` bool, True for samples that must not see their condition; None for none.
+
+        Returns:
+            `[B, N, clip_dim]`.
+
+        Raises:
+            ValueError: naming the argument whose shape does not fit the configuration.
+        """
+        self._check_inputs(noisy_clip, timesteps, eva, drop)
+        noisy_clip, eva = noisy_clip.to(self.dtype), eva.to(self.dtype)
+        rope = self.rope()
+        timestep = self.timestep(timesteps)  # [B, D]
+        condition = self.condition(eva, drop)  # [B, N, D]
+
+        residual = self.clip_in(noisy_clip)  # [B, N, D]
+        (scale,) = self.first_modulation(timestep)
+        x = self.first_norm(residual, scale)
+        for block in self.blocks:
+            residual, x = self._run(block, residual, x, condition, timestep, rope)
+
+        out = self.clip_out(x)
+        return out if self.linear_skip is None else out + self.linear_skip(eva, drop)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.clip_in.weight.dtype
+
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def set_linear_skip(self, weight: Tensor, eva_mean: Tensor, bias: Tensor) -> None:
+        """Start the linear skip from a fitted map, `out = (eva - eva_mean) @ weight.T + bias`.
+
+        Args:
+            weight: `[clip_dim, eva_dim]`.  eva_mean: `[eva_dim]`.  bias: `[clip_dim]`.
+
+        Raises:
+            ConfigError: the model has no linear skip, or a shape does not fit it.
+        """
+        if self.linear_skip is None:
+            raise ConfigError("model.linear_skip = none: the model has no skip to set; choose zero or ridge")
+        for name, value in {"weight": weight, "eva_mean": eva_mean, "bias": bias}.items():
+            own = getattr(self.linear_skip, name)
+            if own.shape != value.shape:
+                raise ConfigError(f"linear skip {name}: expected {list(own.shape)}, found {list(value.shape)}")
+            own.copy_(value)
+
+    def save_pretrained(
+        self, directory: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write `model.safetensors` (in `dtype`) and `config.json`, each in one step, the configuration last.
+
+        Args:
+            extra: further JSON for `config.json`, for example `{"flow": {...}}`.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        atomic_write_bytes(directory / WEIGHTS_NAME, save(weights, metadata={"format": "pt"}))
+        content = {**(extra or {}), "model_type": MODEL_TYPE, "model": self.config.model_dump(mode="json")}
+        atomic_write_json(directory / CONFIG_NAME, content)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> DiT:
+        """Load what `save_pretrained` wrote, in fp32 on the CPU.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the weights are another model's.
+        """
+        model = cls(_model_config(directory))
+        path = Path(directory) / WEIGHTS_NAME
+        weights = _read_weights(path)
+        _check_weights(path, weights, model.state_dict())
+        model.load_state_dict(weights)
+        return model
+
+    def _run(self, block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def _check_inputs(self, noisy_clip: Tensor, timesteps: Tensor, eva: Tensor, drop: Tensor | None) -> None:
+        config, B = self.config, noisy_clip.shape[0]
+        expected = {
+            "noisy_clip": (noisy_clip, (B, config.num_tokens, config.clip_dim)),
+            "timesteps": (timesteps, (B,)),
+            "eva": (eva, (B, config.num_tokens, config.eva_dim)),
+        }
+        if drop is not None:
+            expected["drop"] = (drop, (B,))
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to EVA, SwiGLU.
+
+    It receives the residual stream and the input of its first branch, already normalised, and hands on the same two:
+    each `Sandwich` ends a branch and normalises for the next, the last one for the next block or the output.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.norm_eps
+        heads = (config.num_heads, config.num_kv_heads)
+        self.cross_attention_rope = config.cross_attention_rope
+        self.modulation = Modulation(D, 6)
+        self.self_attention = SelfAttention(D, *heads, eps)
+        self.after_self_attention = Sandwich(D, eps)
+        self.cross_attention = CrossAttention(D, *heads, eps)
+        self.after_cross_attention = Sandwich(D, eps)
+        self.ffn = SwiGLU(D, config.ffn_dim)
+        self.after_ffn = Sandwich(D, eps)
+
+    def forward(
+        self, residual: Tensor, x: Tensor, condition: Tensor, timestep: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor]:
+        """`(residual, x)` of the next block; residual, x, condition: `[B, N, D]`, timestep: `[B, D]`."""
+        gate_self, scale_cross, gate_cross, scale_ffn, gate_ffn, scale_next = self.modulation(timestep)
+        cross_rope = rope if self.cross_attention_rope else None
+
+        branch = self.self_attention(x, rope)
+        residual, x = self.after_self_attention(branch, residual, gate_self, scale_cross)
+        branch = self.cross_attention(x, condition, cross_rope)
+        residual, x = self.after_cross_attention(branch, residual, gate_cross, scale_ffn)
+        branch = self.ffn(x)
+        return self.after_ffn(branch, residual, gate_ffn, scale_next)
+
+
+def read_pretrained_config(directory: str | Path) -> dict[str, Any]:
+    """The `config.json` of an exported model: `model_type`, `model`, and what was given as `extra`.
+
+    Raises:
+        CheckpointError: the file is missing, not JSON, or of another kind of model.
+    """
+    path = Path(directory) / CONFIG_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give a folder that `blip3o-ds export` wrote") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); export the model again") from None
+    if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
+        found = content.get("model_type") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: expected model_type {MODEL_TYPE!r}, found {found!r}")
+    return content
+
+
+def _model_config(directory: str | Path) -> ModelConfig:
+    content = read_pretrained_config(directory)
+    try:
+        return ModelConfig.model_validate(content.get("model"))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise CheckpointError(f"{Path(directory) / CONFIG_NAME}: field `model` is not valid: {problems}") from None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; export the model again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or not safetensors ({error}); export the model again") from None
+
+
+def _check_weights(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"{path}: not the weights of the model in {CONFIG_NAME}: "
+            f"{len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+        )
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: tensor {name}: expected shape {list(tensor.shape)} by {CONFIG_NAME}, "
+                f"found {list(found[name].shape)}"
+            )

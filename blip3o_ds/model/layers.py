@@ -1,0 +1,183 @@
+"""The layers that a block of the DiT is made of.
+
+Every parameter is used inside the forward of the module that owns it, because sharded training (ZeRO-3) gathers a
+module's parameters just before its forward and frees them after.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from blip3o_kernels import gqa_attention, qk_norm_rope, rms_norm, sandwich, swiglu
+from torch import Tensor, nn
+
+Rope = tuple[Tensor, Tensor]  # (cos, sin), each [N, D/2]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over channels, optionally modulated per sample by `1 + scale`."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, scale)  # x: [B, N, D], scale: [B, D]
+
+
+class Sandwich(nn.Module):
+    """The end of one branch and the beginning of the next: post-norm, gate, residual, next pre-norm, as one call.
+
+    It owns the next branch's pre-norm weight, so that no module reaches into another one.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.post_weight = nn.Parameter(torch.ones(dim))
+        self.next_pre_weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, branch_out: Tensor, residual: Tensor, gate: Tensor, next_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """`(new residual, next branch's input)`, both `[B, N, D]`; gate and next_scale are `[B, D]`."""
+        return sandwich(branch_out, residual, self.post_weight, gate, self.next_pre_weight, next_scale, self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention among the tokens, with per-head RMSNorm on q and k and rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = (num_heads, num_kv_heads, num_kv_heads)
+        self.head_dim = dim // num_heads
+        self.eps = eps
+        self.qkv = projection(dim, sum(self.heads) * self.head_dim)
+        self.out = projection(dim, dim)
+        self.q_weight = nn.Parameter(torch.ones(self.head_dim))
+        self.k_weight = nn.Parameter(torch.ones(self.head_dim))
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # [B, N, H|Hkv, D]
+        q, k = qk_norm_rope(q, k, self.q_weight, self.k_weight, *rope, self.eps)
+        return self.out(gqa_attention(q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Grouped-query attention from the tokens to the condition's; both sit on the same grid, so both may rotate."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, eps: float) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.eps = eps
+        self.q = projection(dim, dim)
+        self.kv = projection(dim, 2 * num_kv_heads * self.head_dim)
+        self.out = projection(dim, dim)
+        self.q_weight = nn.Parameter(torch.ones(self.head_dim))
+        self.k_weight = nn.Parameter(torch.ones(self.head_dim))
+
+    def forward(self, x: Tensor, condition: Tensor, rope: Rope | None) -> Tensor:
+        q = self.q(x).unflatten(-1, (-1, self.head_dim))  # [B, N, H, D]
+        k, v = self.kv(condition).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)  # [B, N, Hkv, D]
+        cos, sin = rope or (None, None)
+        q, k = qk_norm_rope(q, k, self.q_weight, self.k_weight, cos, sin, self.eps)
+        return self.out(gqa_attention(q, k, v).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, gate and up in one projection."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate_up = projection(dim, 2 * ffn_dim)
+        self.down = projection(ffn_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(swiglu(gate, up))
+
+
+class TimestepEmbedding(nn.Module):
+    """Timesteps in [0, 1] to the vector that every modulation reads: sinusoids of 1000 t, an MLP, a last SiLU."""
+
+    def __init__(self, embed_dim: int, dim: int) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.fc1 = projection(embed_dim, dim, bias=True)
+        self.fc2 = projection(dim, dim, bias=True)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        x = sinusoids(timesteps, self.embed_dim).to(self.fc1.weight.dtype)  # [B, embed_dim]
+        return F.silu(self.fc2(F.silu(self.fc1(x))))  # [B, D]
+
+
+class Modulation(nn.Module):
+    """adaLN: `count` vectors `[B, D]` (scales and gates) from the timestep's, all zero at initialisation."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = zero_projection(dim, count * dim)
+
+    def forward(self, timestep: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(timestep).chunk(self.count, dim=-1)
+
+
+class Condition(nn.Module):
+    """EVA embeddings, projected and normalised once for all blocks; dropped samples read a learned null token."""
+
+    def __init__(self, eva_dim: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.proj = projection(eva_dim, dim, bias=True)
+        self.norm = RMSNorm(dim, eps)
+        self.null = nn.Parameter(torch.randn(dim))  # unit RMS, as the normalised condition has
+
+    def forward(self, eva: Tensor, drop: Tensor | None) -> Tensor:
+        condition = self.norm(self.proj(eva))  # [B, N, D]
+        if drop is None:
+            return condition
+        return torch.where(drop[:, None, None], self.null.to(condition.dtype), condition)
+
+
+class LinearSkip(nn.Module):
+    """A per-token linear map from EVA to the output, `(eva - eva_mean) Wᵀ + bias`; dropped samples get the bias."""
+
+    eva_mean: Tensor  # [eva_dim]
+
+    def __init__(self, eva_dim: int, clip_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(clip_dim, eva_dim))
+        self.bias = nn.Parameter(torch.zeros(clip_dim))
+        self.register_buffer("eva_mean", torch.zeros(eva_dim))
+
+    def forward(self, eva: Tensor, drop: Tensor | None) -> Tensor:
+        centered = eva - self.eva_mean.to(eva.dtype)
+        if drop is not None:
+            centered = centered.masked_fill(drop[:, None, None], 0.0)
+        return F.linear(centered, self.weight, self.bias)
+
+
+def sinusoids(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Cosines and sines `[B, dim]` fp32 of `1000 t` at geometric frequencies (Vaswani et al. 2017)."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = 1000.0 * timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def zero_projection(in_dim: int, out_dim: int) -> nn.Linear:
+    """A linear layer that begins as zero: modulations and the output."""
+    linear = nn.Linear(in_dim, out_dim)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def projection(in_dim: int, out_dim: int, bias: bool = False) -> nn.Linear:
+    """A linear layer whose output has the input's variance at initialisation."""
+    linear = nn.Linear(in_dim, out_dim, bias=bias)
+    nn.init.normal_(linear.weight, std=in_dim**-0.5)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,63 @@
+"""Exponential moving average of the weights, kept as one more state of the optimizer.
+
+Living beside Adam's moments it is fp32, follows the fp32 master weights, is sharded by ZeRO as they are, and is saved
+and restored by the same checkpoint; nothing else has to know of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+STATE_KEY = "ema"
+
+
+def attach_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Average the weights after every optimizer step: `ema <- d ema + (1-d) weight`, `d = min(decay, (1+n)/(10+n))`.
+
+    The ramp over the steps `n` keeps a short run from being dominated by its first weights.
+    """
+
+    def update(stepped: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
+        for group in stepped.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    _update_one(stepped.state[weight], weight.detach(), decay)
+
+    optimizer.register_step_post_hook(update)
+
+
+def _update_one(state: dict, weight: Tensor, decay: float) -> None:
+    if STATE_KEY not in state:
+        state[STATE_KEY] = weight.clone()
+        return
+    step = state["step"].to(weight.device)
+    keep = torch.clamp((1 + step) / (10 + step), max=decay)
+    state[STATE_KEY].lerp_(weight, (1 - keep).to(weight.dtype))
+
+
+def gather_weights(module: nn.Module, optimizer: torch.optim.Optimizer, ema: bool) -> dict[str, Tensor]:
+    """The whole state dict of `module` in fp32 on the CPU of every rank: the EMA, or the fp32 master weights.
+
+    Every rank must call it (a collective under ZeRO 1 to 3). `optimizer` is the engine's, used at stage 0 alone.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # ZeRO-1/2 link parameters to the optimizer's states once, when the first group has stepped and the others
+        # have no state yet, and keep the links after a load has replaced the states: link anew.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    weights = {}
+    for name, parameter in module.named_parameters():
+        partitioned = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        if partitioned and ema:
+            full = safe_get_full_optimizer_state(parameter, STATE_KEY)
+        elif partitioned:
+            full = safe_get_full_fp32_param(parameter)
+        else:
+            full = optimizer.state[parameter][STATE_KEY] if ema else parameter
+        weights[name] = full.detach().float().cpu().clone().contiguous()
+    for name in module.state_dict().keys() - weights.keys():  # the persistent buffers, whole on every rank
+        weights[name] = module.get_buffer(name).detach().float().cpu().clone()
+    return weights

@@ -1,0 +1,102 @@
+"""Training metrics between two log lines: kept on the device, reduced over ranks once, with time spent waiting.
+
+Nothing here asks the device for a number before the log line is due.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from blip3o_kernels import FlowLoss
+
+from blip3o_ds.config import RunConfig
+from blip3o_ds.data.loader import Batch, EmbeddingLoader
+from blip3o_ds.planning.flops import device_peak_flops, train_flops_per_sample
+from blip3o_ds.training.engine import StepReport
+
+AVERAGED = ("loss", "velocity_similarity", "prediction_norm", "target_norm", "clip_norm", "eva_norm")
+
+
+class StepMeter:
+    """Averages the metrics of the steps since the last `reduce`."""
+
+    def __init__(self, config: RunConfig, loader: EmbeddingLoader, device: torch.device) -> None:
+        self._loader = loader
+        self._device = device
+        self._num_tokens = config.model.num_tokens
+        self._flops_per_sample = train_flops_per_sample(config.model, config.train.activation_checkpointing)
+        self._peak = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.last: dict[str, Any] | None = None
+        self._reset()
+        self._mark = time.monotonic()
+
+    def add(self, result: FlowLoss, batch: Batch) -> None:
+        """Count one micro-batch."""
+        with torch.no_grad():
+            norms = [x.to(self._device).float().norm(dim=-1).mean() for x in (batch.clip, batch.eva)]
+            values = (*(field.mean() for field in result), *norms)
+            self._pending += torch.stack(values).double()
+        self._pending_batches += 1
+        self._samples += len(batch.positions)
+
+    def finish_step(self, report: StepReport, learning_rate: float) -> None:
+        """Close a step; the metrics of one that was skipped are left out, for they are not finite."""
+        now = time.monotonic()
+        self._seconds += now - self._mark
+        self._mark = now
+        if report.applied:
+            self._sums += self._pending
+            self._batches += self._pending_batches
+            self._grad_norms.append(report.grad_norm)
+            self._learning_rate = learning_rate
+        self._pending.zero_()
+        self._pending_batches = 0
+
+    def exclude_pause(self) -> None:
+        """Do not count the time since the step ended (saving, evaluation) as training."""
+        self._mark = time.monotonic()
+
+    def reduce(self) -> dict[str, float] | None:
+        """The metrics since the last call, the same on every rank; None if every step of them was skipped."""
+        if not self._batches:
+            self._reset()
+            return None
+        means = self._sums / self._batches
+        dist.all_reduce(means)
+        world_size = dist.get_world_size()
+        metrics = dict(zip(AVERAGED, (means / world_size).tolist(), strict=True))
+        rate = self._samples * world_size / self._seconds
+        metrics |= {
+            "grad_norm": sum(self._grad_norms) / len(self._grad_norms),
+            "lr": self._learning_rate,
+            "samples_per_second": rate,
+            "tokens_per_second": rate * self._num_tokens,
+            "data_wait_fraction": (self._loader.wait_seconds - self._waited) / self._seconds,
+            "memory_gb": peak_memory_gb(self._device),
+        }
+        if self._peak:
+            metrics["mfu"] = rate * self._flops_per_sample / (self._peak * world_size)
+        self.last = metrics
+        self._reset()
+        return metrics
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(len(AVERAGED), dtype=torch.float64, device=self._device)
+        self._pending = torch.zeros_like(self._sums)
+        self._batches = self._pending_batches = self._samples = 0
+        self._seconds = 0.0
+        self._grad_norms: list[float] = []
+        self._learning_rate = 0.0
+        self._waited = self._loader.wait_seconds
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this rank in GiB: allocated on the GPU, or resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

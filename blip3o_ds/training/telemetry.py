@@ -1,0 +1,120 @@
+"""What a run says of itself: the log file and console, `metrics.jsonl`, TensorBoard, and the progress line.
+
+Only rank 0 writes. After a resume the lines past the checkpoint's step are dropped, so that every step stands once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from blip3o_ds.files import atomic_write_bytes
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def setup_logging(rank: int, log_file: Path | None = None) -> None:
+    """Send this project's log to stderr, and to `log_file` on rank 0; the other ranks report warnings alone."""
+    root = logging.getLogger("blip3o_ds")
+    root.handlers.clear()
+    root.propagate = False
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    form = logging.Formatter(
+        LOG_FORMAT if rank == 0 else f"%(asctime)s %(levelname)s [rank {rank}] %(message)s", "%H:%M:%S"
+    )
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file is not None and rank == 0:
+        handlers.append(logging.FileHandler(log_file))
+    for handler in handlers:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+
+
+class MetricsWriter:
+    """Writes metrics to `run_dir/metrics.jsonl` and `run_dir/tensorboard`; on ranks other than 0 it does nothing."""
+
+    def __init__(self, run_dir: Path, rank: int, resumed_step: int = 0) -> None:
+        self._file = None
+        if rank != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        drop_lines_after(path, resumed_step)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (close() closes it)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of training metrics, averaged since the line before."""
+        self._write({"step": step, "kind": "train", **metrics}, "train/", step, metrics)
+
+    def evaluation(self, step: int, split: str, reading: str, metrics: Mapping[str, float]) -> None:
+        """One line of metrics on generated embeddings: a split, and a reading of the model or a baseline."""
+        line = {"step": step, "kind": "eval", "split": split, "reading": reading, **metrics}
+        self._write(line, f"eval_{split}/{reading}/", step, metrics)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+    def _write(self, line: dict, prefix: str, step: int, metrics: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps(line) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(prefix + name, value, step)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Rewrite a `metrics.jsonl` without the lines of later steps, and without a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            logger.warning("%s: a line that was cut off is dropped: %.40s", path, line)
+    atomic_write_bytes(path, "".join(kept).encode())
+
+
+class Progress:
+    """The line on the console: step, metrics, speed, and the time that is left."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self._total = total_steps
+        self._start = start_step
+        self._began = time.monotonic()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        elapsed = time.monotonic() - self._began
+        left = elapsed / (step - self._start) * (self._total - step)
+        logger.info(
+            "step %d/%d  loss %.4f  cos %.3f  grad %.2f  lr %.2e  %.1f samples/s  wait %.1f%%  ETA %s",
+            step,
+            self._total,
+            metrics["loss"],
+            metrics["velocity_similarity"],
+            metrics["grad_norm"],
+            metrics["lr"],
+            metrics["samples_per_second"],
+            100 * metrics["data_wait_fraction"],
+            format_duration(left),
+        )
+
+
+def format_duration(seconds: float) -> str:
+    """`75 -> 1m15s`, `4000 -> 1h06m`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

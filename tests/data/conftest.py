@@ -1,0 +1,58 @@
+"""Small datasets for the tests of the data package: 5 tokens (2x2 patches and CLS), widths 8 and 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip3o_ds.data.schema import DatasetSpec
+from blip3o_ds.data.shards import DatasetWriter
+
+SPEC = DatasetSpec(
+    num_tokens=5,
+    token_layout="cls_patch",
+    eva_dim=8,
+    clip_dim=4,
+    dtype="bf16",
+    condition_encoder="eva-clip-8b",
+    target_encoder="clip-vit-l14",
+)
+
+
+@pytest.fixture
+def spec() -> DatasetSpec:
+    return SPEC
+
+
+@pytest.fixture
+def samples() -> Callable[..., list[tuple[str, Tensor, Tensor, dict]]]:
+    """`samples(count, spec)`: key, eva, clip and metadata of each, the same every time."""
+
+    def make(count: int, spec: DatasetSpec = SPEC) -> list[tuple[str, Tensor, Tensor, dict]]:
+        generator = torch.Generator().manual_seed(0)
+        made = []
+        for i in range(count):
+            eva = 3 + torch.randn(spec.num_tokens, spec.eva_dim, generator=generator)
+            clip = torch.randn(spec.num_tokens, spec.clip_dim, generator=generator)
+            made.append((f"image{i:03d}", eva, clip, {"caption": f"a picture of {i} cats — né"}))
+        return made
+
+    return make
+
+
+@pytest.fixture
+def dataset_dir(tmp_path: Path, samples: Callable) -> Callable[..., Path]:
+    """`dataset_dir(count, samples_per_shard, spec)`: a folder with a finished dataset."""
+
+    def make(count: int, samples_per_shard: int = 4, spec: DatasetSpec = SPEC) -> Path:
+        dst = tmp_path / "dataset"
+        with DatasetWriter(dst, spec, samples_per_shard) as writer:
+            for sample in samples(count, spec):
+                writer.write(*sample)
+        return dst
+
+    return make

@@ -1,0 +1,104 @@
+"""The manifest: what it accepts and how it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from blip3o_ds.data.schema import DatasetSpec, Manifest
+from blip3o_ds.errors import DataError
+
+
+def spec_of(num_tokens, token_layout):
+    return DatasetSpec(num_tokens, token_layout, 8, 4, "bf16", "a", "b")
+
+
+@pytest.mark.parametrize(("tokens", "layout", "grid"), [(256, "patch_only", 16), (257, "cls_patch", 16)])
+def test_grid_size_leaves_the_cls_token_out(tokens, layout, grid):
+    assert spec_of(tokens, layout).grid_size == grid
+
+
+@pytest.mark.parametrize(("tokens", "layout"), [(257, "patch_only"), (256, "cls_patch"), (0, "patch_only")])
+def test_tokens_that_fill_no_grid_are_refused(tokens, layout):
+    with pytest.raises(DataError, match="num_tokens"):
+        spec_of(tokens, layout)
+
+
+def test_a_cls_token_can_be_dropped_but_not_invented():
+    assert spec_of(257, "cls_patch").viewed_as("patch_only") == spec_of(256, "patch_only")
+    with pytest.raises(DataError, match="cannot be read as cls_patch"):
+        spec_of(256, "patch_only").viewed_as("cls_patch")
+
+
+def test_a_manifest_survives_saving_and_loading(dataset_dir, tmp_path):
+    manifest = Manifest.load(dataset_dir(6))
+
+    manifest.save(tmp_path)
+    again = Manifest.load(tmp_path)
+
+    assert (again.spec, again.shards, again.extra) == (manifest.spec, manifest.shards, manifest.extra)
+    assert again.num_samples == 6
+    assert again.eva_stats.mean.tolist() == manifest.eva_stats.mean.tolist()
+    assert again.clip_stats.var.tolist() == manifest.clip_stats.var.tolist()
+
+
+def test_a_missing_manifest_names_the_commands_that_make_one(tmp_path):
+    with pytest.raises(DataError, match=r"manifest\.json is missing.*data convert"):
+        Manifest.load(tmp_path)
+
+
+def set_version(content):
+    content["format_version"] = 7
+
+
+def drop_dim(content):
+    del content["spec"]["eva_dim"]
+
+
+def miscount(content):
+    content["num_samples"] = 5
+
+
+def shorten_mean(content):
+    content["stats"]["clip"]["mean"] = [0.0]
+
+
+def miscount_tokens(content):
+    content["stats"]["eva"]["count"] = 1
+
+
+def misname_dtype(content):
+    content["spec"]["dtype"] = "int4"
+
+
+def leave_folder(content):
+    content["shards"][0]["name"] = "../shard_00000.tar"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (set_version, "format_version is 7"),
+        (drop_dim, r"spec\.eva_dim is missing"),
+        (miscount, "num_samples is 5.*add up to 6"),
+        (shorten_mean, r"stats\.clip\.mean holds 1 channels"),
+        (miscount_tokens, r"stats\.eva\.count is 1"),
+        (misname_dtype, "dtype must be one of"),
+        (leave_folder, r"shards\[\]\.name"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_by_file_and_field(dataset_dir, spoil, message):
+    path = dataset_dir(6) / "manifest.json"
+    content = json.loads(path.read_text())
+    spoil(content)
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(DataError, match=f"manifest.json.*{message}"):
+        Manifest.load(path.parent)
+
+
+def test_a_manifest_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format_version": 1')
+    with pytest.raises(DataError, match=r"manifest\.json is not JSON"):
+        Manifest.load(tmp_path)

@@ -1,0 +1,57 @@
+"""DeepSpeed's settings completed from ours, and the learning rate's course."""
+
+import json
+import math
+
+import pytest
+
+from blip3o_ds.config import TrainConfig
+from blip3o_ds.errors import ConfigError
+from blip3o_ds.training.engine import learning_rate_factor, resolve_deepspeed_config
+from tests.conftest import PROJECT
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_shipped_files_resolve_with_fp32_accumulation_and_nothing_left_open(stage):
+    train = TrainConfig(deepspeed_config=str(PROJECT / f"ds_configs/zero{stage}.json"), gradient_accumulation_steps=3)
+
+    settings = resolve_deepspeed_config(train, world_size=4, num_parameters=1000)
+
+    assert settings["train_batch_size"] == 8 * 3 * 4
+    assert settings["data_types"]["grad_accum_dtype"] == "fp32"
+    assert settings["zero_optimization"]["stage"] == stage
+    assert '"auto"' not in json.dumps(settings)
+
+
+def test_a_file_that_contradicts_the_run_is_refused(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 5.0}))
+
+    with pytest.raises(ConfigError, match=r"gradient_clipping is 5\.0 there and 1\.0 by the run"):
+        resolve_deepspeed_config(TrainConfig(deepspeed_config=str(file)), 1, 1000)
+
+
+def test_an_optimizer_in_the_file_is_refused(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"optimizer": {"type": "Adam"}}))
+
+    with pytest.raises(ConfigError, match="optimizer is set here"):
+        resolve_deepspeed_config(TrainConfig(deepspeed_config=str(file)), 1, 1000)
+
+
+def test_fp16_without_zero_is_refused():
+    train = TrainConfig(deepspeed_config=str(PROJECT / "ds_configs/zero0.json"), precision="fp16")
+
+    with pytest.raises(ConfigError, match="fp16"):
+        resolve_deepspeed_config(train, 1, 1000)
+
+
+def test_the_learning_rate_warms_up_linearly_and_ends_a_cosine_at_its_floor():
+    train = TrainConfig(warmup_steps=10, min_lr_ratio=0.1)
+    factors = [learning_rate_factor(step, train, 110) for step in range(111)]
+
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert factors[110] == pytest.approx(0.1)
+    assert factors[10:] == sorted(factors[10:], reverse=True)

@@ -1,0 +1,187 @@
+"""Real training processes: ZeRO stages agree, a killed run goes on bitwise, faults end in clear errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import PROJECT, train_command, write_embeddings
+
+ZERO = [str(PROJECT / "ds_configs" / f"zero{stage}.json") for stage in range(4)]
+
+
+def losses(run) -> list[float]:
+    return [line["loss"] for line in run.metrics()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_every_zero_stage_and_one_process_give_the_same_losses(embeddings, tmp_path, launch, precision, tolerance):
+    settings = {"train.precision": precision}
+    single = launch(embeddings, tmp_path / "one", None, {**settings, "train.micro_batch_size": 8})
+    assert single.returncode == 0, single.output
+    expected = torch.tensor(losses(single))
+
+    for stage in range(4):
+        run = launch(embeddings, tmp_path / str(stage), 2, settings, "--deepspeed_config", ZERO[stage])
+
+        assert run.returncode == 0, run.output
+        torch.testing.assert_close(torch.tensor(losses(run)), expected, rtol=tolerance, atol=0)
+
+
+def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(embeddings, tmp_path, launch):
+    whole = launch(embeddings, tmp_path / "a", None, {"train.precision": "fp32", "train.micro_batch_size": 8})
+    pieces = launch(
+        embeddings,
+        tmp_path / "b",
+        None,
+        {"train.precision": "fp32", "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 4},
+    )
+
+    torch.testing.assert_close(torch.tensor(losses(pieces)), torch.tensor(losses(whole)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_a_run_killed_mid_epoch_and_resumed_is_bitwise_the_uninterrupted_one(embeddings, tmp_path, launch):
+    settings = {"train.max_steps": 30, "train.save_every": 7}  # 5 steps an epoch: step 7 is in its midst
+    straight = launch(embeddings, tmp_path / "straight", 2, settings)
+    assert straight.returncode == 0, straight.output
+
+    kill_after_first_checkpoint(embeddings, tmp_path / "killed", settings)
+    resumed = launch(embeddings, tmp_path / "killed", 2, settings, "--resume")
+
+    assert resumed.returncode == 0, resumed.output
+    assert "resumed from" in resumed.output
+    assert losses(resumed) == losses(straight)
+    for name in ("model.safetensors", "ema.safetensors"):
+        expected = load_file(straight.run_dir / "checkpoints/step_00000030" / name)
+        found = load_file(resumed.run_dir / "checkpoints/step_00000030" / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def kill_after_first_checkpoint(data: Path, output: Path, settings: dict) -> None:
+    """Start a run of two processes and SIGKILL all of them a moment after its first checkpoint."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        train_command(data, output, 2, settings, []),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(output.glob("clip_repro_*/checkpoints/step_*")):
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for pid in _descendants(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """This process and all below it, whatever session they moved to."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [pid, *(found for child in children.stdout.split() for found in _descendants(int(child)))]
+
+
+def test_a_run_folder_holds_what_the_design_names(embeddings, tmp_path, launch):
+    run = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 4, "train.save_every": 2})
+
+    assert run.returncode == 0, run.output
+    names = {path.name for path in run.run_dir.iterdir()}
+    assert names >= {
+        "experiment_config.json",
+        "clip_reproduction_training.log",
+        "training_summary.json",
+        "final_summary.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+    }
+    assert {p.name for p in (run.run_dir / "checkpoints").glob("step_*")} == {"step_00000002", "step_00000004"}
+    line = run.metrics()[-1]
+    assert line.keys() >= {"loss", "velocity_similarity", "grad_norm", "lr", "samples_per_second", "tokens_per_second"}
+    assert line.keys() >= {"data_wait_fraction", "memory_gb", "prediction_norm", "target_norm", "clip_norm", "eva_norm"}
+    summary = json.loads((run.run_dir / "final_summary.json").read_text())
+    assert summary["evaluation"]["train"]
+
+
+def test_debug_mode_adds_gradients_by_block_and_loss_by_timestep(embeddings, tmp_path, launch):
+    run = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2}, "--debug_mode")
+
+    assert run.returncode == 0, run.output
+    line = run.metrics()[-1]
+    blocks = [value for name, value in line.items() if name.startswith("grad_norm/")]
+    assert {"grad_norm/blocks.0", "grad_norm/blocks.1"} <= line.keys()
+    # The whole gradient's norm is that of its blocks together.
+    assert sum(value**2 for value in blocks) ** 0.5 == pytest.approx(line["grad_norm"], rel=0.02)
+    assert any(name.startswith("loss_by_t/") for name in line)
+
+
+def test_dims_that_are_not_the_datas_are_refused_with_the_remedy(embeddings, tmp_path, launch):
+    run = launch(embeddings, tmp_path / "out", None, {"model.eva_dim": 4096})
+
+    assert run.returncode == 2
+    assert "--set model.eva_dim=12" in run.output
+    assert run.run_dir is None
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tmp_path, launch, stage):
+    data = write_embeddings(tmp_path / "data", 16)
+    settings = {"train.max_steps": 4, "train.save_every": 4, "train.precision": "fp32"}
+    first = launch(data, tmp_path / "out", None, settings, "--deepspeed_config", ZERO[stage])
+    assert first.returncode == 0, first.output
+
+    # fp32 overflows when squared: the loss of the next steps is infinite while the data is finite.
+    run = launch(
+        data, tmp_path / "hot", None, {**settings, "train.learning_rate": 1e30}, "--deepspeed_config", ZERO[stage]
+    )
+
+    assert run.returncode == 1
+    assert "not finite" in run.output
+    assert "no checkpoint was written yet" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_resuming_with_another_setting_is_refused(embeddings, tmp_path, launch):
+    assert launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2}).returncode == 0
+
+    run = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2, "train.seed": 5}, "--resume")
+
+    assert run.returncode == 2
+    assert "train.seed was 0" in run.output
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(embeddings, tmp_path, launch):
+    settings = {"train.max_steps": 4, "train.save_every": 2}
+    first = launch(embeddings, tmp_path / "out", None, settings)
+    weights = first.run_dir / "checkpoints/step_00000004/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+    run = launch(embeddings, tmp_path / "out", None, settings, "--resume")
+
+    assert run.returncode == 0, run.output
+    assert "step_00000004 is damaged" in run.output
+    assert "resumed from" in run.output
+    assert losses(run) == losses(first)
+
+
+def test_overfitting_reports_its_verdict(embeddings, tmp_path, launch):
+    run = launch(embeddings, tmp_path / "out", None, {}, "--overfit_test_size", "3")
+
+    assert run.returncode == 0, run.output
+    verdict = json.loads((run.run_dir / "final_summary.json").read_text())["overfit_test"]
+    assert verdict["passed"] == (verdict["posterior_mean"] > 0.8)
