@@ -95,13 +95,15 @@ def encode_images(
         progress = _Progress(dst)
         todo = progress.skip_existing(records, writer.done_keys())
         decoded = _decode_ahead(todo, condition, target, lookahead=2 * batch_size)
-        encoded: _EncodedBatch | None = None
-        for batch in _batches(progress.skip_broken(decoded), batch_size):
-            following = _encode(batch, condition, target, token_layout)
-            # CUDA computes the batch just launched while the one before it is written.
-            _write(encoded, writer, progress)
-            encoded = following
-        _write(encoded, writer, progress)
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
+            writing: Future[None] | None = None
+            for batch in _batches(progress.skip_broken(decoded), batch_size):
+                encoded = _encode(batch, condition, target, token_layout)
+                if writing:
+                    writing.result()
+                writing = background.submit(_write, encoded, writer, progress)
+            if writing:
+                writing.result()
         if not progress.written + progress.skipped_existing:
             raise DataError(f"{dst}: no picture could be used ({progress.broken} broken); see {BROKEN_NAME} in it")
     return progress.summary()
@@ -177,8 +179,8 @@ def _batches(decoded: Iterable[_Decoded], batch_size: int) -> Iterator[list[_Dec
 @dataclass(frozen=True)
 class _EncodedBatch:
     samples: list[_Decoded]
-    eva: Tensor  # [B, N, De]
-    clip: Tensor  # [B, N, Dc]
+    eva: Tensor  # [B, N, De], on the CPU
+    clip: Tensor  # [B, N, Dc], on the CPU
 
 
 def _encode(
@@ -186,15 +188,12 @@ def _encode(
 ) -> _EncodedBatch:
     eva = condition(torch.stack([sample.condition for sample in batch]), token_layout)
     clip = target(torch.stack([sample.target for sample in batch]), token_layout)
-    return _EncodedBatch(batch, eva, clip)
+    return _EncodedBatch(batch, eva.cpu(), clip.cpu())
 
 
-def _write(batch: _EncodedBatch | None, writer: DatasetWriter, progress: _Progress) -> None:
-    if batch is None:
-        return
-    eva, clip = batch.eva.cpu(), batch.clip.cpu()
+def _write(batch: _EncodedBatch, writer: DatasetWriter, progress: _Progress) -> None:
     for index, sample in enumerate(batch.samples):
-        writer.write(sample.record.key, eva[index], clip[index], sample.meta)
+        writer.write(sample.record.key, batch.eva[index], batch.clip[index], sample.meta)
     progress.add_written(batch.samples)
 
 

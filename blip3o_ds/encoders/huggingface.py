@@ -7,9 +7,8 @@ consent.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from blip3o_ds.encoders.encoder import EncoderSpec, LoadOptions
 from blip3o_ds.errors import EncoderError
@@ -23,28 +22,33 @@ def load_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
 
     Token 0 is CLS, the 256 others are the 16x16 patches row by row; raw last hidden state, no post-layernorm.
     """
-    model = _from_pretrained("CLIPVisionModel", spec, options, trust_remote_code=False)
+    model, missing = _from_pretrained("CLIPVisionModel", spec, options, trust_remote_code=False)
+    _require_weights(spec, options, missing)
     return _LastHiddenState(model).to(options.device)
 
 
 def load_eva_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
     """The vision tower of EVA-CLIP-8B (Sun et al. 2024): [B, 3, 224, 224] -> [B, 257, 4096].
 
-    Token 0 is CLS, the 256 others are the 16x16 patches row by row; raw last hidden state, no post-layernorm.
-    Raises EncoderError without `trust_remote_code`, since the network's code is downloaded with its weights.
+    Token 0 is CLS, the 256 others are the 16x16 patches row by row; raw last hidden state, no post-layernorm. Raises
+    EncoderError without `trust_remote_code`, since the network's code is downloaded with its weights.
     """
     if not options.trust_remote_code:
         raise EncoderError(
             f"{spec.name}: {options.weights} brings its own Python code, which loading it would run here; "
             "read that code, then allow it with trust_remote_code (--trust_remote_code on the command line)"
         )
-    model = _from_pretrained("AutoModel", spec, options, trust_remote_code=True)
+    model, missing = _from_pretrained("AutoModel", spec, options, trust_remote_code=True)
     tower = getattr(model, "vision_model", None)
-    if not isinstance(tower, nn.Module):
+    if not isinstance(tower, nn.Module) or not hasattr(tower, "config"):
         raise EncoderError(
-            f"{spec.name}: the model in {options.weights}, a {type(model).__name__}, has no `vision_model`; "
-            "expected the layout of BAAI/EVA-CLIP-8B"
+            f"{spec.name}: the model in {options.weights}, a {type(model).__name__}, has no `vision_model` with a "
+            "configuration; expected the layout of BAAI/EVA-CLIP-8B"
         )
+    missing = {name.removeprefix("vision_model.") for name in missing if name.startswith("vision_model.")}
+    buffers = {name for name, _ in tower.named_buffers()}
+    _require_weights(spec, options, missing - buffers)
+    _restore_buffers(tower, missing & buffers)
     return _LastHiddenState(tower).to(options.device)
 
 
@@ -57,19 +61,57 @@ class _LastHiddenState(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.tower(pixel_values=images, return_dict=True).last_hidden_state  # [B, N, D]
+        # All three are said, since older model code looks for what is not said in fields that its
+        # configuration may no longer have.
+        output = self.tower(images, output_attentions=False, output_hidden_states=False, return_dict=True)
+        return output.last_hidden_state  # [B, N, D]
 
 
-def _from_pretrained(class_name: str, spec: EncoderSpec, options: LoadOptions, trust_remote_code: bool) -> Any:
+def _from_pretrained(
+    class_name: str, spec: EncoderSpec, options: LoadOptions, trust_remote_code: bool
+) -> tuple[nn.Module, set[str]]:
+    """The model, and the names of parameters and saved buffers that its weights file does not hold."""
     try:
         import transformers
     except ImportError as error:
         raise EncoderError(f"{spec.name} needs the package transformers: pip install 'blip3o-ds[extract]'") from error
     model_class = getattr(transformers, class_name)
     try:
-        return model_class.from_pretrained(options.weights, dtype=options.dtype, trust_remote_code=trust_remote_code)
+        model, loading = model_class.from_pretrained(
+            options.weights, dtype=options.dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise EncoderError(
             f"{spec.name}: cannot load {options.weights}: {error}. Name a folder that holds the model "
             "(config.json and its weights), or a hub repository that this machine can reach"
         ) from error
+    return model, set(loading["missing_keys"])
+
+
+def _require_weights(spec: EncoderSpec, options: LoadOptions, missing: set[str]) -> None:
+    """transformers gives random values to what the file does not hold, with no more than a warning."""
+    if missing:
+        raise EncoderError(
+            f"{spec.name}: {options.weights} lacks {len(missing)} of the vision tower's weights, among them "
+            f"{min(missing)}; name the weights of a complete model"
+        )
+
+
+def _restore_buffers(tower: nn.Module, missing: set[str]) -> None:
+    """Compute anew the buffers of `tower` that no weights file holds: position numbers, rotary tables.
+
+    transformers 5 builds a model without memory and fills in the saved tensors; what older model code computed in its
+    constructor and did not save is left uninitialised (huggingface/transformers issue 48892).
+    """
+    lost = {name for name, _ in tower.named_buffers()} - set(tower.state_dict()) | missing
+    if not lost:
+        return
+    without_memory = register_module_parameter_registration_hook(
+        lambda module, name, parameter: nn.Parameter(parameter.to("meta"), requires_grad=False)
+    )
+    try:
+        fresh = type(tower)(tower.config)
+    finally:
+        without_memory.remove()
+    for name in lost:
+        tower.get_buffer(name).copy_(fresh.get_buffer(name))

@@ -45,7 +45,7 @@ class DebugProbe:
 
     def reduce(self) -> dict[str, float]:
         """The metrics since the last call; a collective."""
-        bins = self._bins.to(self._engine.device)
+        bins = self._bins.to(self._engine.device, copy=True)
         dist.all_reduce(bins)
         self._bins.zero_()
         metrics = dict(self._gradient_norms)

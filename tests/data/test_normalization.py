@@ -73,7 +73,7 @@ def test_a_saved_normaliser_comes_back_the_same(mode, tmp_path):
 def test_a_file_that_is_no_normaliser_is_named(content, tmp_path):
     if content is not None:
         (tmp_path / "normalizer.json").write_text(content)
-    with pytest.raises(CheckpointError, match="normalizer.json"):
+    with pytest.raises(CheckpointError, match=r"normalizer\.json"):
         Normalizer.load(tmp_path / "normalizer.json")
 
 

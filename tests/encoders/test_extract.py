@@ -67,11 +67,11 @@ def test_tar_and_folder_give_the_same_embeddings(write_folder, write_tar, pictur
 
 def test_resume_gives_the_identical_dataset(write_folder, pictures, condition, target, tmp_path):
     folder = write_folder(pictures)
-    options = {"samples_per_shard": 4, "batch_size": 2}
+    options = {"samples_per_shard": 2, "batch_size": 2}
 
     def interrupted():
         for number, record in enumerate(iterate_images(folder)):
-            if number == 7:
+            if number == 9:
                 raise KeyboardInterrupt
             yield record
 
@@ -82,7 +82,7 @@ def test_resume_gives_the_identical_dataset(write_folder, pictures, condition, t
     resumed = encode_images(iterate_images(folder), tmp_path / "parts", condition, target, **options)
 
     assert whole["written"] == 10
-    assert resumed["skipped_existing"] in (4, 8)
+    assert 0 < resumed["skipped_existing"] < 10
     assert resumed["written"] == 10 - resumed["skipped_existing"]
     assert _digests(tmp_path / "parts") == _digests(tmp_path / "whole")
 

@@ -35,14 +35,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .configuration_evaclip import EvaCLIPConfig
 
 class Tower(nn.Module):
-    def __init__(self, width, patch):
+    def __init__(self, config):
         super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch)
-        self.cls = nn.Parameter(torch.ones(1, 1, width))
-        self.positions = nn.Embedding(10, width)
+        self.config = config
+        self.patches = nn.Conv2d(3, config.width, config.patch, config.patch)
+        self.cls = nn.Parameter(torch.ones(1, 1, config.width))
+        self.positions = nn.Embedding(10, config.width)
         self.register_buffer("position_ids", torch.arange(10).expand(1, -1), persistent=False)
 
-    def forward(self, pixel_values=None, return_dict=None):
+    def forward(self, pixel_values=None, output_attentions=None, output_hidden_states=None, return_dict=None):
         tokens = self.patches(pixel_values).flatten(2).transpose(1, 2)
         hidden = torch.cat([self.cls.expand(len(tokens), -1, -1), tokens], dim=1) + self.positions(self.position_ids)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=hidden[:, 0])
@@ -52,27 +53,25 @@ class EvaCLIPModel(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.vision_model = Tower(config.width, config.patch)
+        self.vision_model = Tower(config)
         self.text_model = nn.Linear(2, 2)
         self.post_init()
 
     def _init_weights(self, module):
-        pass
+        if isinstance(module, nn.Conv2d):
+            module.bias.data.zero_()
 """
 
 
 @pytest.fixture
 def clip_folder(tmp_path: Path, monkeypatch) -> Path:
-    config = transformers.CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=GRID * PATCH,
-        patch_size=PATCH,
+    size = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(
+        vision_config={**size, "image_size": GRID * PATCH, "patch_size": PATCH},
+        text_config={**size, "vocab_size": 20, "max_position_embeddings": 8},
     )
     torch.manual_seed(0)
-    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")  # both towers, as published
     monkeypatch.setitem(ENCODERS, "clip-vit-l14", replace(ENCODERS["clip-vit-l14"], **TINY))
     return tmp_path / "clip"
 
@@ -91,7 +90,7 @@ def _modules_cache(tmp_path_factory):
 def eva_folder(tmp_path: Path, monkeypatch, _modules_cache) -> Path:
     from safetensors.torch import save_file
 
-    folder = tmp_path / "eva"
+    folder = tmp_path / tmp_path.name  # its own name: transformers keeps imported code by the folder's
     folder.mkdir()
     (folder / "configuration_evaclip.py").write_text(CONFIGURATION)
     (folder / "modeling_evaclip.py").write_text(MODELING)
@@ -126,9 +125,9 @@ def test_clip_tokens_are_the_last_hidden_state(clip_folder, picture):
 
     tokens = encoder(images, "cls_patch")
 
-    plain = transformers.CLIPVisionModel.from_pretrained(clip_folder).eval()
+    plain = transformers.CLIPModel.from_pretrained(clip_folder).eval()
     with torch.no_grad():
-        hidden = plain(images, output_hidden_states=True).hidden_states[-1]
+        hidden = plain.vision_model(images, output_hidden_states=True).hidden_states[-1]
     assert tokens.shape == (2, 1 + GRID**2, WIDTH)
     torch.testing.assert_close(tokens, hidden)
 
@@ -179,6 +178,18 @@ def test_width_of_another_model_is_an_error(eva_folder, monkeypatch, picture):
 
     with pytest.raises(EncoderError, match=rf"shape \(1, 10, {WIDTH}\), expected \(1, 10, {WIDTH + 1}\)"):
         encoder(encoder.preprocess(picture)[None])
+
+
+@pytest.mark.parametrize("name", ["vision_model.cls", "vision_model.positions.weight"])
+def test_weights_that_are_not_all_there_are_an_error(eva_folder, name):
+    from safetensors.torch import save_file
+
+    weights = _eva_weights()
+    del weights[name]
+    save_file(weights, eva_folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(EncoderError, match=f"lacks 1 of the vision tower's weights, among them {name[13:]}"):
+        load_encoder("eva-clip-8b", weights=str(eva_folder), device="cpu", trust_remote_code=True)
 
 
 def test_model_without_a_vision_tower_is_an_error(eva_folder):

@@ -63,7 +63,7 @@ def test_output_is_the_linear_skip_at_initialisation():
 
 
 def test_a_linear_skip_that_is_absent_or_of_another_shape_is_refused():
-    with pytest.raises(ConfigError, match="model.linear_skip = none"):
+    with pytest.raises(ConfigError, match=r"model\.linear_skip = none"):
         build().set_linear_skip(torch.ones(6, 10), torch.ones(10), torch.ones(6))
     with pytest.raises(ConfigError, match=r"weight: expected \[6, 10\], found \[10, 6\]"):
         build(linear_skip="ridge").set_linear_skip(torch.ones(10, 6), torch.ones(10), torch.ones(6))
