@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 RUN_CONFIG = "experiment_config.json"
 CHECKPOINTS = "checkpoints"
 SEAL = "checkpoint.json"  # written last into a checkpoint; one without it was not finished
-NORMALIZER = "normalizer.safetensors"
+NORMALIZER = "normalizer.json"
 BASELINES = "baselines.safetensors"
 
 Weights = Literal["ema", "model"]

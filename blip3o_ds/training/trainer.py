@@ -230,7 +230,7 @@ def check_dims(config: RunConfig, dataset: EmbeddingDataset, folder: str) -> Non
 
 
 def open_eval_data(config: RunConfig, train_data: EmbeddingDataset) -> dict[str, EmbeddingDataset]:
-    """The splits to evaluate on by name; the training samples themselves in an overfit test, or with no held-out set."""
+    """The splits to evaluate on, by name; in an overfit test, or with no held-out set, the training samples."""
     if config.train.overfit_test_size:
         return {"overfit": train_data}
     splits = {}
