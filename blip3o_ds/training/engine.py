@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import ConfigError
+from blip3o_ds.planning.memory import MAX_BUCKET_ELEMENTS
 from blip3o_ds.training.ema import attach_ema
 
 
@@ -73,7 +74,7 @@ def resolve_deepspeed_config(train: TrainConfig, world_size: int, num_parameters
     _fill(settings, precision, train.deepspeed_config or "DeepSpeed settings")
     if stage:
         # The defaults, 5e8 elements, would take gigabytes for a model of a few million parameters.
-        bucket = min(num_parameters, 200_000_000)
+        bucket = min(num_parameters, MAX_BUCKET_ELEMENTS)
         zero = settings["zero_optimization"]
         for key in ("reduce_bucket_size", "allgather_bucket_size"):
             if zero.get(key, "auto") == "auto":

@@ -1,0 +1,149 @@
+"""How much GPU memory a training step needs, term by term, before it runs.
+
+Weights and optimizer follow from the parameter count and the ZeRO stage; activations are what the fused kernels keep
+for the backward pass. Everything is bytes on one GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+
+from blip3o_ds.config import ModelConfig, get_blip3o_clip_config, preset_names
+from blip3o_ds.errors import ConfigError
+from blip3o_ds.model.dit import DiT
+
+# What the CUDA context, cuBLAS's workspaces and the communication library take beside the tensors, and what the caching
+# allocator loses between blocks.
+CONTEXT_BYTES = 1 << 30
+FRAGMENTATION = 0.03
+# Larger buckets gain no bandwidth, and the defaults of DeepSpeed (5e8 elements) would dwarf a small model.
+MAX_BUCKET_ELEMENTS = 200_000_000
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU at the peak of a training step, by what they hold."""
+
+    weights: int  # in the dtype of the forward pass
+    gradients: int  # as the backward pass writes them, and their fp32 accumulation
+    optimizer: int  # fp32 master weights, Adam's moments, the moving average
+    buckets: int  # of the collectives
+    activations: int  # kept for the backward pass, with the largest working set of a block
+    batch: int  # embeddings, noise, prediction and the loss's gradient
+    overhead: int  # context and fragmentation
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the DiT, exactly; no memory is taken for them."""
+    with torch.device("meta"):
+        return DiT(config).num_parameters()
+
+
+def estimate_memory(
+    config: ModelConfig,
+    *,
+    zero_stage: int,
+    world_size: int,
+    micro_batch_size: int,
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16",
+    activation_checkpointing: bool = False,
+    ema: bool = True,
+) -> MemoryEstimate:
+    """Peak memory of one GPU in a training step with Adam and fp32 gradient accumulation (Rajbhandari et al. 2020)."""
+    count = count_parameters(config)
+    width = FP32 if precision == "fp32" else 2
+    states = _weights_and_states(count, zero_stage, world_size, width, ema)
+    activations = _activation_bytes(config, micro_batch_size, width, activation_checkpointing)
+    batch = _batch_bytes(config, micro_batch_size, width)
+    overhead = CONTEXT_BYTES + int(FRAGMENTATION * (sum(states) + activations + batch))
+    return MemoryEstimate(*states, activations, batch, overhead)
+
+
+def choose_model_size(
+    available_memory_gb: float, training_mode: str = "patch_only", batch_size: int = 32
+) -> tuple[str, float]:
+    """The preset with most parameters whose step fits one GPU of so many GiB, and what it needs: `(name, GiB)`.
+
+    ZeRO-2 on one GPU in bf16 with a moving average, and the blocks' activations recomputed only where it must be.
+
+    Raises:
+        ConfigError: not even the smallest preset fits.
+    """
+    needs = {name: _smallest_need(name, training_mode, batch_size, available_memory_gb) for name in _clip_presets()}
+    fitting = [name for name, need in needs.items() if need <= available_memory_gb]
+    if not fitting:
+        smallest = min(needs, key=needs.__getitem__)
+        raise ConfigError(
+            f"no preset fits {available_memory_gb:g} GiB at batch size {batch_size}: the smallest, {smallest}, needs "
+            f"{needs[smallest]:.1f} GiB; lower the batch size"
+        )
+    chosen = max(fitting, key=lambda name: count_parameters(get_blip3o_clip_config(name)))
+    return chosen, needs[chosen]
+
+
+def _clip_presets() -> list[str]:
+    """The presets for EVA-CLIP-8B to CLIP ViT-L/14; the demo has another pair."""
+    return [name for name in preset_names() if name != "demo"]
+
+
+def _smallest_need(name: str, training_mode: str, batch_size: int, available_gb: float) -> float:
+    """GiB of a preset's step; with activation checkpointing if it does not fit without."""
+    config = get_blip3o_clip_config(name, training_mode)
+    for checkpointing in (False, True):
+        estimate = estimate_memory(
+            config,
+            zero_stage=2,
+            world_size=1,
+            micro_batch_size=batch_size,
+            activation_checkpointing=checkpointing,
+        )
+        if estimate.total / 2**30 <= available_gb:
+            break
+    return estimate.total / 2**30
+
+
+def _weights_and_states(count: int, stage: int, world_size: int, width: int, ema: bool) -> tuple[int, int, int, int]:
+    """(weights, gradients, optimizer, buckets)."""
+    kept = 3 + ema  # fp32 copies: master weights, two moments, the average
+    if stage == 0:
+        # The weights are their own master; autocast keeps a cast copy of them for the step.
+        cast = 0 if width == FP32 else count * width
+        return count * FP32 + cast, count * FP32, (kept - 1) * count * FP32, 0
+    share = -(-count // world_size)
+    weights = (share if stage == 3 else count) * width
+    accumulated = (count if stage == 1 else share) * FP32
+    optimizer = kept * share * FP32
+    bucket = min(count, MAX_BUCKET_ELEMENTS)
+    buffers = 2 if stage > 1 else 1  # overlapping one bucket's reduction with the next one's filling takes two
+    return weights, accumulated, optimizer, (buffers + 1) * bucket * width
+
+
+def _activation_bytes(config: ModelConfig, micro_batch_size: int, width: int, checkpointing: bool) -> int:
+    tokens = micro_batch_size * config.num_tokens
+    D, F = config.hidden_size, config.ffn_dim
+    kv = config.num_kv_heads * config.head_dim
+    # Channels of a token that an op's backward reads, counted once where two ops read the same tensor.
+    attention = 6 * D + 3 * kv  # input, q k v, q k rotated, attention's output, the branch's output, the new residual
+    feed_forward = 3 * D + 3 * F  # input, gate and up, their product, the branch's output, the new residual
+    block = tokens * ((2 * attention + feed_forward) * width + 2 * config.num_heads * FP32)  # and the log-sum-exps
+    gradients = tokens * (3 * D + 3 * F) * width  # alive at once in the widest part of a block's backward pass
+    outside = tokens * 3 * D * width  # condition before and after its norm, the first residual
+    if checkpointing:
+        return config.num_layers * tokens * 2 * D * width + block + gradients + outside
+    return config.num_layers * block + gradients + outside
+
+
+def _batch_bytes(config: ModelConfig, micro_batch_size: int, width: int) -> int:
+    tokens = micro_batch_size * config.num_tokens
+    inputs = tokens * (config.clip_dim + config.eva_dim) * width
+    # clip, noise, x_t, predicted and target velocity, and the gradient on the prediction, in fp32
+    return inputs + tokens * 6 * config.clip_dim * FP32

@@ -1,0 +1,63 @@
+"""The planner against counted parameters and the arithmetic of ZeRO's paper."""
+
+import pytest
+
+from blip3o_ds.config import get_blip3o_clip_config
+from blip3o_ds.errors import ConfigError
+from blip3o_ds.model.dit import DiT
+from blip3o_ds.planning.memory import choose_model_size, count_parameters, estimate_memory
+
+
+def test_parameters_are_those_of_the_model():
+    config = get_blip3o_clip_config("tiny")
+
+    assert count_parameters(config) == sum(p.numel() for p in DiT(config).parameters())
+
+
+# Bytes a parameter on one of 8 GPUs: bf16 weights, fp32 gradients, fp32 master + two moments (Rajbhandari et al. 2020,
+# figure 1, with gradients accumulated in fp32).
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 6, 4, 8), (1, 2, 4, 12 / 8), (2, 2, 4 / 8, 12 / 8), (3, 2 / 8, 4 / 8, 12 / 8)],
+)
+def test_each_zero_stage_divides_what_it_should(stage, weights, gradients, optimizer):
+    config = get_blip3o_clip_config("tiny")
+    count = count_parameters(config)
+
+    memory = estimate_memory(config, zero_stage=stage, world_size=8, micro_batch_size=1, ema=False)
+
+    found = (memory.weights / count, memory.gradients / count, memory.optimizer / count)
+    assert found == pytest.approx((weights, gradients, optimizer), rel=1e-4)
+
+
+def test_the_moving_average_costs_one_fp32_copy():
+    config = get_blip3o_clip_config("tiny")
+    with_it, without = (
+        estimate_memory(config, zero_stage=2, world_size=4, micro_batch_size=1, ema=ema).optimizer
+        for ema in (True, False)
+    )
+
+    assert with_it - without == pytest.approx(4 * count_parameters(config) / 4, rel=1e-4)
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
+    config = get_blip3o_clip_config("base")
+
+    def activations(batch: int, checkpointing: bool) -> int:
+        return estimate_memory(
+            config,
+            zero_stage=2,
+            world_size=1,
+            micro_batch_size=batch,
+            activation_checkpointing=checkpointing,
+        ).activations
+
+    assert activations(64, False) == 2 * activations(32, False)
+    assert activations(32, True) < activations(32, False) / 3
+
+
+def test_a_smaller_gpu_gets_a_smaller_preset_and_too_small_a_one_an_error():
+    assert choose_model_size(80, batch_size=32)[0] == "large"
+    assert choose_model_size(6, batch_size=32)[0] in ("tiny", "small")
+    with pytest.raises(ConfigError, match="lower the batch size"):
+        choose_model_size(1, batch_size=512)
