@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blip3o_ds.config import SamplerConfig, get_blip3o_clip_config, load_run_config, preset_names
+from blip3o_ds.config import EvalConfig, build_run_config, get_blip3o_clip_config, load_run_config, preset_names
 from blip3o_ds.errors import Blip3oError, ConfigError, DataError
 
 TRAIN_FLAGS = {  # flag -> setting
@@ -38,14 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
         result = args.run(args)
-    except Blip3oError as error:
+    except (Blip3oError, OSError) as error:  # of an OSError (no space, no permission) the message has the file's name
         print(f"blip3o-ds: error: {error}", file=sys.stderr)
         if args.json and _rank() == 0:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}), flush=True)
         return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:  # no space, no permission: the message has the file's name
-        print(f"blip3o-ds: error: {error}", file=sys.stderr)
-        return 1
     if args.json and _rank() == 0:
         print(json.dumps(result), flush=True)
     return 0
@@ -128,71 +125,72 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, metavar="N")
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, SamplerConfig, int, Any]:
+def _load(args: argparse.Namespace) -> tuple[Any, EvalConfig, str]:
+    """The model, the settings of its evaluation with the command's flags in place, and the device."""
     import torch
 
     from blip3o_ds.evaluation.runs import load_for_inference
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_for_inference(args.model, device)
-    given = {name: getattr(args, name) for name in ("steps", "solver", "guidance_scale", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
-    wrong = [f"--{n} {v}" for n, v in given.items() if not isinstance(v, str) and v < (n == "steps")]
-    if wrong:
-        raise ConfigError(f"{', '.join(wrong)}: expected a positive number")
-    sampler = loaded.config.eval.sampler.model_copy(update=given)
-    return loaded, sampler, args.batch_size or loaded.config.eval.batch_size, device
+    flags = {name: getattr(args, name) for name in ("steps", "solver", "guidance_scale", "seed", "batch_size")}
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = loaded.config.eval.model_dump()
+    settings["batch_size"] = given.pop("batch_size", settings["batch_size"])
+    settings["sampler"] |= given
+    settings["max_samples"] = getattr(args, "max_samples", None)
+    return loaded, build_run_config({"eval": settings}).eval, device
 
 
 def run_eval(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.shards import EmbeddingDataset
     from blip3o_ds.evaluation.plots import plot_evaluation
     from blip3o_ds.evaluation.report import evaluate, format_table
 
-    loaded, sampler, batch_size, device = _load(args)
-    if loaded.baselines is None:
-        raise DataError(f"{args.model}: baselines.safetensors is missing, and no score is given without its baselines")
+    folders = {folder.absolute().name: folder for folder in args.data}
+    if len(folders) < len(args.data):
+        raise ConfigError("--data: two folders have the same name, and results go by the name")
+    loaded, settings, device = _load(args)
+    datasets = {name: loaded.open_dataset(folder) for name, folder in folders.items()}
     results = {}
-    for folder in args.data:
-        dataset = EmbeddingDataset(folder, token_layout=loaded.config.model.token_layout)
-        results[folder.name] = evaluate(
+    for split, dataset in datasets.items():
+        results[split] = evaluate(
             loaded.model,
             loaded.flow,
             loaded.normalizer,
             loaded.baselines,
             dataset,
-            sampler,
-            batch_size=batch_size,
+            settings.sampler,
+            batch_size=settings.batch_size,
             device=device,
-            seed=sampler.seed,
-            max_samples=args.max_samples,
-            progress=True,
+            max_samples=settings.max_samples,
         )
     print(format_table(results))
     if args.plot:
         plot_evaluation(results, args.plot)
     return {
         "model": str(args.model),
-        "splits": {split: result.to_dict() for split, result in results.items()},
+        "step": loaded.step,
+        "weights": loaded.weights,
+        "evaluation": {split: result.to_dict() for split, result in results.items()},
     }
 
 
 def run_generate(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.shards import EmbeddingDataset
     from blip3o_ds.evaluation.generate import generate
 
-    loaded, sampler, batch_size, device = _load(args)
-    dataset = EmbeddingDataset(args.data, token_layout=loaded.config.model.token_layout)
-    return generate(
+    loaded, settings, device = _load(args)
+    result = generate(
         loaded.model,
         loaded.flow,
         loaded.normalizer,
-        dataset,
+        loaded.open_dataset(args.data),
         args.out,
-        sampler,
-        batch_size=batch_size,
+        settings.sampler,
+        batch_size=settings.batch_size,
         device=device,
+        source=f"{args.model.absolute().name}, step {loaded.step}, {loaded.weights} weights",
     )
+    return _show(result)
 
 
 def run_export(args: argparse.Namespace) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,28 @@ def atomic_write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON; NaN and infinity are refused, since JSON has no word for them."""
     text = json.dumps(content, indent=2, allow_nan=False)
     atomic_write_bytes(path, (text + "\n").encode())
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder to fill; it appears under the name `path` only when the block ends without an error.
+
+    Raises:
+        FileExistsError: something is at `path` already, other than an empty folder.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} already exists; remove it or give another folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        fsync_dir(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_dir(path.parent)
 
 
 def sha256_file(path: str | Path, chunk_bytes: int = 1 << 22) -> str:

@@ -5,7 +5,7 @@ import hashlib
 
 import pytest
 
-from blip3o_ds.files import atomic_write, atomic_write_json, sha256_file
+from blip3o_ds.files import atomic_folder, atomic_write, atomic_write_json, sha256_file
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -32,6 +32,36 @@ def test_the_file_appears_only_when_the_block_ends(tmp_path):
         assert not path.exists()
 
     assert path.read_bytes() == b"new"
+
+
+def test_a_folder_appears_only_when_the_block_ends(tmp_path):
+    with atomic_folder(tmp_path / "new" / "folder") as folder:
+        (folder / "file").write_text("content")
+        assert not (tmp_path / "new" / "folder").exists()
+
+    assert (tmp_path / "new" / "folder" / "file").read_text() == "content"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    def fail():
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "file").write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_something_is_refused_and_kept(tmp_path):
+    (tmp_path / "old").write_text("old")
+
+    with pytest.raises(FileExistsError, match="remove it or give another folder"), atomic_folder(tmp_path):
+        pass
+
+    assert (tmp_path / "old").read_text() == "old"
 
 
 def test_nan_is_refused_in_json(tmp_path):

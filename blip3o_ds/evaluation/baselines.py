@@ -29,7 +29,8 @@ HELDOUT_EVERY = 10  # every tenth sample chooses the penalty
 PENALTY_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-16, 7))  # relative to the mean eigenvalue
 DEFAULT_PENALTY = 1e-2  # where there are too few samples to hold any out
 FIT_BATCH = 8  # samples read and multiplied at once
-_TENSORS = ("eva_mean", "clip_mean", "ridge_weight", "ridge_bias")
+MAX_FIT_SAMPLES = 2048  # of 256 tokens: 128 tokens for each of 4096 channels; more would cost and change nothing
+_TENSORS = ("eva_mean", "clip_mean", "ridge_weight")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Baselines:
     eva_mean: Tensor  # [eva_dim]
     clip_mean: Tensor  # [clip_dim]
     ridge_weight: Tensor  # [clip_dim, eva_dim]
-    ridge_bias: Tensor  # [clip_dim]
     ridge_lambda: float  # the penalty on the per-token covariance
     num_samples: int  # that it was fitted on, ...
     dataset_samples: int  # ... of so many
@@ -50,8 +50,8 @@ class Baselines:
         return self.clip_mean.expand(*eva.shape[:-1], -1)
 
     def predict_ridge(self, eva: Tensor) -> Tensor:
-        """`(eva - eva_mean) @ weight.T + bias`: [B, N, eva_dim] -> [B, N, clip_dim] in fp32."""
-        return (eva.float() - self.eva_mean) @ self.ridge_weight.T + self.ridge_bias
+        """`(eva - eva_mean) @ ridge_weight.T + clip_mean`: [B, N, eva_dim] -> [B, N, clip_dim] in fp32."""
+        return (eva.float() - self.eva_mean) @ self.ridge_weight.T + self.clip_mean
 
     def to(self, device: torch.device | str) -> Baselines:
         """The same on another device."""
@@ -76,7 +76,9 @@ class Baselines:
                 facts = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
                 return cls(**{name: file.get_tensor(name) for name in _TENSORS}, **facts)
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; training writes it at its start") from None
+            raise CheckpointError(
+                f"{path} is missing; a run writes it at its start, and an export has a copy"
+            ) from None
         except (safetensors.SafetensorError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} does not hold the baselines of a run: {error}") from None
 
@@ -84,10 +86,10 @@ class Baselines:
 def fit_baselines(
     dataset: EmbeddingDataset,
     normalizer: Normalizer,
-    max_samples: int | None = None,
+    max_samples: int = MAX_FIT_SAMPLES,
     device: torch.device | str = "cpu",
 ) -> Baselines:
-    """Fit the mean and the ridge on the tokens of `dataset`, or of `max_samples` spread evenly over it.
+    """Fit the mean and the ridge on the tokens of `dataset`, at most those of `max_samples` spread evenly over it.
 
     The ridge (Hoerl & Kennard 1970) minimises the mean of |clip - prediction|^2 over tokens plus
     lambda |weight|^2. Lambda is the one of `PENALTY_GRID`, times the mean eigenvalue of the tokens' covariance, that
@@ -100,18 +102,18 @@ def fit_baselines(
     indices = spread_indices(len(dataset), max_samples)
     if not indices:
         raise DataError("the baselines need at least one training sample, the dataset has none")
-    kept, heldout = _collect_moments(dataset, normalizer, indices, device)
-    everything = kept if heldout is None else kept.joined(heldout)
-    penalty, heldout_r2 = (DEFAULT_PENALTY, None) if heldout is None else _choose_penalty(kept, heldout)
-    weight, ridge_lambda = _solve_ridge(everything, penalty)
+    moments, heldout = _collect_moments(dataset, normalizer, indices, device)
+    penalty, heldout_r2 = DEFAULT_PENALTY, None
+    if heldout is not None:
+        penalty, heldout_r2 = _choose_penalty(moments, heldout)
+        moments.absorb(heldout)
+    weight, ridge_lambda = _solve_ridge(moments, penalty)
     if heldout_r2 is not None:
         logger.info("ridge baseline: held-out R2 %.4f with lambda %.3g", heldout_r2, ridge_lambda)
-    clip_mean = everything.y_mean.float().cpu()
     return Baselines(
-        eva_mean=everything.x_mean.float().cpu(),
-        clip_mean=clip_mean,
+        eva_mean=moments.x_mean.float().cpu(),
+        clip_mean=moments.y_mean.float().cpu(),
         ridge_weight=weight.float().cpu(),
-        ridge_bias=clip_mean.clone(),
         ridge_lambda=ridge_lambda,
         num_samples=len(indices),
         dataset_samples=len(dataset),
@@ -143,14 +145,11 @@ class _Moments:
         self.xy.addmm_(x.T, y)
         self.yy += y.square().sum()
 
-    def joined(self, other: _Moments) -> _Moments:
-        """The moments of both sets of tokens; `other` is spent."""
-        total = _Moments.__new__(_Moments)
-        total.x_origin, total.y_origin = self.x_origin, self.y_origin
-        total.count = self.count + other.count
+    def absorb(self, other: _Moments) -> None:
+        """Add the tokens of `other`, which has the same origin."""
+        self.count += other.count
         for name in ("x", "y", "xx", "xy", "yy"):
-            setattr(total, name, getattr(other, name).add_(getattr(self, name)))
-        return total
+            getattr(self, name).add_(getattr(other, name))
 
     @property
     def x_mean(self) -> Tensor:

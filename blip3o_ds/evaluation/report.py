@@ -20,7 +20,7 @@ from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.evaluation.metrics import METRIC_NAMES, MetricAccumulator
-from blip3o_ds.evaluation.subset import ProgressLog, read_batch, spread_indices
+from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
 from blip3o_ds.flow.objective import FlowObjective, Model
 from blip3o_ds.flow.solvers import posterior_mean, sample
 
@@ -41,7 +41,6 @@ class EvalResult:
     dataset_samples: int  # ... of so many
     space: str  # "raw" embeddings, or "unit_norm" ones, where normalization full cannot be undone
     sampler: SamplerConfig
-    seed: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -62,12 +61,10 @@ def evaluate(
     sampler: SamplerConfig,
     batch_size: int,
     device: torch.device | str,
-    seed: int,
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
     max_samples: int | None = None,
-    progress: bool = False,
 ) -> EvalResult:
     """Generate the embeddings of `dataset` and compare them with the true ones.
 
@@ -76,8 +73,8 @@ def evaluate(
     `mean_embedding`. Metrics are on raw embeddings, the normalisation undone; with `full`, which cannot be undone, on
     unit-norm ones, where the generated are taken as they come. `max_samples` are spread evenly over the dataset.
 
-    With several ranks each takes every `world_size`-th sample and all call the model equally often (ZeRO-3 gathers
-    parameters in every call); `gather` joins their results, and every rank returns the whole result.
+    With several ranks each takes every `world_size`-th sample, `gather` joins what they found, and every rank returns
+    the whole result. The model runs on some ranks once more than on others, so it must not need the others.
 
     Raises:
         DataError: the dataset is empty.
@@ -90,25 +87,20 @@ def evaluate(
     train_mean = normalizer.clip_inverse(baselines.clip_mean)
     accumulators = {reading: MetricAccumulator(train_mean, reading) for reading in READINGS}
     own = indices[rank::world_size]
-    calls = -(-len(indices[::world_size]) // batch_size)  # of the rank with the most samples
-    speak = ProgressLog(logger, "evaluating", len(own)) if progress and rank == 0 else None
-    for call in range(calls):
-        part = own[call * batch_size : (call + 1) * batch_size]
-        batch = read_batch(dataset, part or indices[:1])
-        target, generated = _generate(model, flow, normalizer, baselines, batch, sampler, device, seed)
-        if not part:  # this rank has run out; the call was for the others' sake
-            continue
+    progress = ProgressLog(logger, "evaluating", len(own))
+    done = 0
+    for batch in read_batches(dataset, own, batch_size):
+        target, generated = _generate(model, flow, normalizer, baselines, batch, sampler, device)
         for reading, embeddings in generated.items():
-            accumulators[reading].update(embeddings, target, part)
-        if speak:
-            speak.at(call * batch_size + len(part))
+            accumulators[reading].update(embeddings, target, batch.positions)
+        done += len(batch.keys)
+        progress.at(done)
     return EvalResult(
         readings=_join(accumulators, gather),
         num_samples=len(indices),
         dataset_samples=len(dataset),
         space="unit_norm" if normalizer.mode == "full" else "raw",
         sampler=sampler,
-        seed=seed,
     )
 
 
@@ -134,11 +126,10 @@ def _generate(
     batch: Batch,
     sampler: SamplerConfig,
     device: torch.device | str,
-    seed: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     eva = normalizer.eva(batch.eva.to(device).float())
     clip = normalizer.clip(batch.clip.to(device).float())
-    noise = evaluation_noise(flow, batch.positions, tuple(clip.shape[1:]), seed, device)
+    noise = evaluation_noise(flow, batch.positions, tuple(clip.shape[1:]), sampler.seed, device)
     generated = {
         "posterior_mean": posterior_mean(model, flow, eva, noise),
         "sampled": sample(model, flow, eva, noise, sampler),

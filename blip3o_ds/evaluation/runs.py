@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from blip3o_ds.config import RunConfig, build_run_config
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.errors import CheckpointError, ConfigError
+from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 from blip3o_ds.evaluation.baselines import Baselines
-from blip3o_ds.files import fsync_dir, sha256_file
+from blip3o_ds.files import atomic_folder, sha256_file
 from blip3o_ds.flow.objective import FlowObjective
 from blip3o_ds.model.dit import CONFIG_NAME, DiT, read_pretrained_config
 
@@ -34,8 +32,18 @@ SEAL = "checkpoint.json"  # written last into a checkpoint; one without it was n
 NORMALIZER = "normalizer.json"
 BASELINES = "baselines.safetensors"
 
-Weights = Literal["ema", "model"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sealed checkpoint: its folder, its step, and the state that the trainer put in."""
+
+    path: Path
+    step: int
+    world_size: int
+    zero_stage: int
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,158 +53,167 @@ class LoadedModel:
     model: DiT
     flow: FlowObjective
     normalizer: Normalizer
-    baselines: Baselines | None  # None where an export was made without them
+    baselines: Baselines
     config: RunConfig  # of an export: its sections model, flow and eval, the normalisation and the precision
     step: int
-    weights: Weights
+    weights: str  # ema, or model where the run kept no moving average
+
+    def open_dataset(self, folder: str | Path) -> EmbeddingDataset:
+        """The dataset in `folder`, with the tokens that the model takes.
+
+        Raises:
+            DataError: it is no dataset, or its dims are not the model's.
+        """
+        model = self.config.model
+        dataset = EmbeddingDataset(folder, token_layout=model.token_layout)
+        for name in ("eva_dim", "clip_dim", "grid_size"):
+            found, expected = getattr(dataset.spec, name), getattr(model, name)
+            if found != expected:
+                raise DataError(f"{folder}: {name} is {found}, but the model was trained with {expected}")
+        return dataset
 
 
-def load_for_inference(
-    path: str | Path,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-    step: int | None = None,
-    weights: Weights = "ema",
-) -> LoadedModel:
-    """Load a run folder's checkpoint or an export.
-
-    Args:
-        dtype: of the weights; None is the run's precision on a GPU, and fp32 on the CPU.
-        step: of a run's checkpoint; None is the newest.
-        weights: the moving average or the last weights. A run that kept no average gives its last ones.
+def load_for_inference(path: str | Path, device: torch.device | str) -> LoadedModel:
+    """Load a run folder's newest checkpoint or an export, in the run's precision on a GPU and in fp32 on the CPU.
 
     Raises:
-        CheckpointError: the folder is neither, a file is missing or damaged, or it does not hold what is asked for.
+        CheckpointError: the folder is neither, or a file is missing or damaged.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
     if (path / RUN_CONFIG).is_file():
-        loaded = _load_run(path, step, weights)
+        loaded = _load_run(path)
     elif (path / CONFIG_NAME).is_file():
-        loaded = _load_export(path, step)
+        loaded = _load_export(path)
     else:
         raise CheckpointError(
             f"{path}: neither a run ({RUN_CONFIG}) nor an export ({CONFIG_NAME}) is there; give a folder "
             "clip_repro_YYYYMMDD_HHMMSS, or one that `blip3o-ds export` wrote"
         )
-    device = torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else _DTYPES[loaded.config.train.precision]
+    dtype = torch.float32 if device.type == "cpu" else _DTYPES[loaded.config.train.precision]
     loaded.model.to(device, dtype).eval().requires_grad_(False)
     logger.info("loaded %s: step %d, %s weights, %s on %s", path, loaded.step, loaded.weights, dtype, device)
     return loaded
 
 
-def export(run: str | Path, dst: str | Path, step: int | None = None) -> Path:
+def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
     """Write the folder `dst` that `load_for_inference` and `DiT.from_pretrained` read, from a run's checkpoint.
 
-    The weights are the moving average where the run kept one. The folder appears whole or not at all.
+    The checkpoint is that of `step`, or the newest; the weights are the moving average where the run kept one. The
+    folder appears whole or not at all.
 
     Raises:
-        CheckpointError: the run has no such checkpoint, or `dst` already holds something.
+        CheckpointError: the run has no such checkpoint.
+        FileExistsError: `dst` already holds something.
     """
-    run, dst = Path(run), Path(dst)
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise CheckpointError(f"{dst} already exists; remove it or export to another folder")
+    run = Path(run)
     if not (run / RUN_CONFIG).is_file():
         raise CheckpointError(f"{run} is not a run folder: {RUN_CONFIG} is missing")
-    loaded = _load_run(run, step, "ema")
-    settings = {
-        "flow": loaded.config.flow.model_dump(mode="json"),
-        "normalization": loaded.config.data.normalization,
-        "eval": loaded.config.eval.model_dump(mode="json"),
-        "precision": loaded.config.train.precision,
-        "step": loaded.step,
-        "weights": loaded.weights,
-    }
-    temporary = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        loaded.model.save_pretrained(temporary, extra=settings)
-        for name in (NORMALIZER, BASELINES):
-            shutil.copyfile(run / name, temporary / name)
-        _sync(temporary)
-        os.replace(temporary, dst)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_dir(dst.parent)
-    return dst
+    with atomic_folder(dst) as folder:
+        loaded = _load_run(run, step)
+        settings = {
+            "flow": loaded.config.flow.model_dump(mode="json"),
+            "normalization": loaded.config.data.normalization,
+            "eval": loaded.config.eval.model_dump(mode="json"),
+            "precision": loaded.config.train.precision,
+            "step": loaded.step,
+            "weights": loaded.weights,
+        }
+        loaded.model.save_pretrained(folder, extra=settings)
+        loaded.normalizer.save(folder / NORMALIZER)
+        loaded.baselines.save(folder / BASELINES)
 
 
-def find_checkpoint_folder(run: str | Path, step: int | None = None) -> Path:
-    """The folder of a run's finished checkpoint: of `step`, or the newest.
+def find_checkpoint(folder: Path, step: int | None = None, files: Sequence[str] | None = None) -> Checkpoint | None:
+    """The newest checkpoint whose files match their recorded sizes and checksums, or the one of `step`.
+
+    All files are compared, or those named in `files` where no others will be read. Damaged checkpoints are passed
+    over with a warning. None where there is none.
 
     Raises:
-        CheckpointError: there is none; says which there are.
+        CheckpointError: `step` was asked for and is missing or damaged.
     """
-    folder = Path(run) / CHECKPOINTS
-    finished = sorted(path for path in folder.glob("step_*") if (path / SEAL).is_file())
-    if not finished:
-        raise CheckpointError(f"{folder}: there is no finished checkpoint; the run writes one every train.save_every")
-    if step is None:
-        return finished[-1]
-    for path in finished:
-        if path.name == f"step_{step:08d}":
-            return path
-    steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in finished)
-    raise CheckpointError(f"{folder}: there is no finished checkpoint of step {step}; there are {steps}")
+    paths = sorted(folder.glob("step_*"), reverse=True)
+    wanted = [path for path in paths if step is None or path.name == f"step_{step:08d}"]
+    if step is not None and not wanted:
+        there = ", ".join(path.name for path in paths) or "none"
+        raise CheckpointError(f"{folder}: there is no checkpoint of step {step}; found: {there}")
+    for path in wanted:
+        problem = _damage(path, files)
+        if problem is None:
+            return _read_seal(path)
+        if step is not None:
+            raise CheckpointError(f"{path}: {problem}")
+        logger.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
+    return None
 
 
-def _load_run(run: Path, step: int | None, weights: Weights) -> LoadedModel:
+def _load_run(run: Path, step: int | None = None) -> LoadedModel:
     config = _run_config(run / RUN_CONFIG, _read_json(run / RUN_CONFIG).get("config"))
-    checkpoint = find_checkpoint_folder(run, step)
-    if weights == "ema" and config.train.ema_decay == 0:
-        logger.info("%s kept no moving average (train.ema_decay = 0); taking its last weights", run)
-        weights = "model"
+    weights = "ema" if config.train.ema_decay > 0 else "model"
+    name = f"{weights}.safetensors"
+    checkpoint = find_checkpoint(run / CHECKPOINTS, step, [name])
+    if checkpoint is None:
+        raise CheckpointError(f"{run / CHECKPOINTS}: there is no whole checkpoint; a run writes its last at its end")
     model = DiT(config.model)
-    _load_weights(model, checkpoint, f"{weights}.safetensors")
+    try:
+        model.load_state_dict(load_file(checkpoint.path / name))
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.path / name} holds the weights of another model than {RUN_CONFIG} says: {problem}"
+        ) from None
     return LoadedModel(
         model=model,
         flow=FlowObjective(config.flow),
         normalizer=Normalizer.load(run / NORMALIZER),
         baselines=Baselines.load(run / BASELINES),
         config=config,
-        step=int(checkpoint.name.removeprefix("step_")),
+        step=checkpoint.step,
         weights=weights,
     )
 
 
-def _load_export(folder: Path, step: int | None) -> LoadedModel:
+def _load_export(folder: Path) -> LoadedModel:
     settings = read_pretrained_config(folder)
-    if step is not None and step != settings.get("step"):
-        raise CheckpointError(f"{folder} is an export of step {settings.get('step')}, not of step {step}; give the run")
-    sections = {name: settings.get(name) for name in ("model", "flow", "eval")}
-    sections |= {
-        "data": {"normalization": settings.get("normalization")},
-        "train": {"precision": settings.get("precision")},
-    }
+    absent = {"model", "flow", "eval", "normalization", "precision", "step", "weights"} - settings.keys()
+    if absent:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {', '.join(sorted(absent))} missing; export the model again")
+    sections = {name: settings[name] for name in ("model", "flow", "eval")}
+    sections["data"] = {"normalization": settings["normalization"]}
+    sections["train"] = {"precision": settings["precision"]}
     config = _run_config(folder / CONFIG_NAME, sections)
     return LoadedModel(
         model=DiT.from_pretrained(folder),
         flow=FlowObjective(config.flow),
         normalizer=Normalizer.load(folder / NORMALIZER),
-        baselines=Baselines.load(folder / BASELINES) if (folder / BASELINES).exists() else None,
+        baselines=Baselines.load(folder / BASELINES),
         config=config,
         step=settings["step"],
         weights=settings["weights"],
     )
 
 
-def _load_weights(model: DiT, checkpoint: Path, name: str) -> None:
-    path = checkpoint / name
-    recorded = _read_json(checkpoint / SEAL).get("files", {}).get(name)
-    if recorded is None or not path.is_file():
-        raise CheckpointError(f"{path} is missing from the checkpoint; take another step")
-    if recorded["sha256"] != sha256_file(path):
-        raise CheckpointError(f"{path} is damaged: it is not the file that {SEAL} describes; take another step")
+def _damage(path: Path, names: Sequence[str] | None) -> str | None:
     try:
-        found: dict[str, Tensor] = load_file(path)
-        model.load_state_dict(found)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())
-        raise CheckpointError(f"{path} holds the weights of another model than {RUN_CONFIG} says: {problem}") from None
+        files = json.loads((path / SEAL).read_text())["files"]
+    except FileNotFoundError:
+        return f"{SEAL} is missing: it was not finished"
+    except (json.JSONDecodeError, KeyError) as error:
+        return f"{SEAL} is not readable: {error}"
+    for name in files if names is None else names:
+        file, recorded = path / name, files.get(name)
+        if recorded is None or not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != recorded["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, {recorded['bytes']} were written"
+        if sha256_file(file) != recorded["sha256"]:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def _read_seal(path: Path) -> Checkpoint:
+    seal = json.loads((path / SEAL).read_text())
+    return Checkpoint(path, seal["step"], seal["world_size"], seal["zero_stage"], seal["state"])
 
 
 def _run_config(path: Path, settings: Any) -> RunConfig:
@@ -216,10 +233,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    fsync_dir(folder)

@@ -33,31 +33,28 @@ def locate(dataset: EmbeddingDataset, index: int) -> tuple[int, int]:
     return shard, index - (ends[shard - 1] if shard else 0)
 
 
-def read_batch(dataset: EmbeddingDataset, indices: Sequence[int]) -> Batch:
-    """The samples at sequential `indices` of the dataset, stacked; their `positions` are the indices."""
-    samples = [dataset.read(*locate(dataset, index)) for index in indices]
-    return Batch(
-        eva=torch.stack([sample.eva for sample in samples]),
-        clip=torch.stack([sample.clip for sample in samples]),
-        positions=torch.tensor(list(indices), dtype=torch.int64),
-        keys=[sample.key for sample in samples],
-    )
-
-
 def read_batches(dataset: EmbeddingDataset, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
-    """The samples at `indices` in batches of `batch_size`, the last one shorter."""
+    """The samples at sequential `indices` in batches, the last one shorter; their `positions` are the indices."""
     for start in range(0, len(indices), batch_size):
-        yield read_batch(dataset, indices[start : start + batch_size])
+        part = indices[start : start + batch_size]
+        samples = [dataset.read(*locate(dataset, index)) for index in part]
+        yield Batch(
+            eva=torch.stack([sample.eva for sample in samples]),
+            clip=torch.stack([sample.clip for sample in samples]),
+            positions=torch.tensor(list(part), dtype=torch.int64),
+            keys=[sample.key for sample in samples],
+        )
 
 
 class ProgressLog:
-    """Says how far a long loop is, at most every `PROGRESS_SECONDS`."""
+    """Says how far a long loop over images is, at most every `PROGRESS_SECONDS`."""
 
     def __init__(self, logger: logging.Logger, what: str, total: int) -> None:
         self._logger, self._what, self._total = logger, what, total
         self._began = self._spoke = time.monotonic()
 
     def at(self, done: int) -> None:
+        """Call with the number of images that are done."""
         now = time.monotonic()
         if now - self._spoke < PROGRESS_SECONDS:
             return

@@ -6,12 +6,9 @@ Everything is written to a hidden folder; when every rank has finished, rank 0 r
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blip3o_ds.errors import CheckpointError
+from blip3o_ds.evaluation.runs import SEAL, Checkpoint
 from blip3o_ds.files import atomic_write_bytes, atomic_write_json, fsync_dir, sha256_file
 from blip3o_ds.training.ema import gather_weights
 from blip3o_ds.training.engine import Engine
-
-logger = logging.getLogger(__name__)
-
-SEAL = "checkpoint.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A sealed checkpoint: its folder, its step, and the state that the trainer put in."""
-
-    path: Path
-    step: int
-    world_size: int
-    zero_stage: int
-    state: dict[str, Any]
 
 
 def save_checkpoint(
@@ -77,28 +60,6 @@ def save_checkpoint(
         raise
     dist.barrier()
     return final
-
-
-def find_checkpoint(folder: Path, step: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint whose files all match their recorded sizes and checksums, or the one of `step`.
-
-    Damaged ones are passed over with a warning. None where there is none.
-
-    Raises:
-        CheckpointError: `step` was asked for and is missing or damaged.
-    """
-    for path in sorted(folder.glob("step_*"), reverse=True):
-        if step is not None and path.name != f"step_{step:08d}":
-            continue
-        problem = _damage(path)
-        if problem is None:
-            return _read_seal(path)
-        if step is not None:
-            raise CheckpointError(f"{path}: {problem}")
-        logger.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
-    if step is not None:
-        raise CheckpointError(f"{folder}: there is no checkpoint of step {step}")
-    return None
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -146,30 +107,6 @@ def _seal(folder: Path, step: int, zero_stage: int, state: dict[str, Any]) -> No
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _damage(path: Path) -> str | None:
-    try:
-        seal = json.loads((path / SEAL).read_text())
-        files = seal["files"]
-    except FileNotFoundError:
-        return f"{SEAL} is missing: it was not finished"
-    except (json.JSONDecodeError, KeyError) as error:
-        return f"{SEAL} is not readable: {error}"
-    for name, recorded in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != recorded["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {recorded['bytes']} were written"
-        if sha256_file(file) != recorded["sha256"]:
-            return f"{name} has another checksum than when it was written"
-    return None
-
-
-def _read_seal(path: Path) -> Checkpoint:
-    seal = json.loads((path / SEAL).read_text())
-    return Checkpoint(path, seal["step"], seal["world_size"], seal["zero_stage"], seal["state"])
 
 
 def _drop_old(folder: Path, keep_last: int) -> None:

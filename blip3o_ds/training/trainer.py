@@ -29,10 +29,11 @@ from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, ConfigError, TrainingError
 from blip3o_ds.evaluation.baselines import Baselines, fit_baselines
 from blip3o_ds.evaluation.report import EvalResult, evaluate, format_table
+from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, Checkpoint, find_checkpoint
 from blip3o_ds.files import atomic_write_json
 from blip3o_ds.flow.objective import FlowObjective
 from blip3o_ds.model.dit import DiT
-from blip3o_ds.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from blip3o_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from blip3o_ds.training.debug import DebugProbe
 from blip3o_ds.training.ema import gather_weights
 from blip3o_ds.training.engine import Engine, init_distributed
@@ -68,7 +69,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         dataset = open_train_data(config)
         run_dir = prepare_run_dir(config, resume, rank)
         setup_logging(rank, run_dir / "clip_reproduction_training.log")
-        normalizer, baselines = prepare_statistics(config, dataset, run_dir, rank)
+        normalizer, baselines = prepare_statistics(config, dataset, run_dir, rank, device)
         splits = open_eval_data(config, dataset)
 
         global_batch = config.train.micro_batch_size * config.train.gradient_accumulation_steps * world_size
@@ -149,7 +150,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
             if (config.train.save_every and step % config.train.save_every == 0) or step == total_steps:
                 last_saved = save_checkpoint(
                     engine,
-                    run_dir / "checkpoints",
+                    run_dir / CHECKPOINTS,
                     step,
                     {"loader": loader.state_dict(), "total_steps": total_steps},
                     with_ema=config.train.ema_decay > 0,
@@ -267,7 +268,7 @@ def _new_run(config: RunConfig, output_dir: Path) -> Path:
     run_dir = output_dir / datetime.datetime.now().strftime("clip_repro_%Y%m%d_%H%M%S")
     run_dir.mkdir(parents=True)
     atomic_write_json(
-        run_dir / "experiment_config.json",
+        run_dir / RUN_CONFIG,
         {"config": config.model_dump(mode="json"), **describe_environment()},
     )
     return run_dir
@@ -282,9 +283,9 @@ def _resumed_run(config: RunConfig, output_dir: Path, resume: str) -> Path:
     else:
         run_dir = Path(resume)
     try:
-        saved = json.loads((run_dir / "experiment_config.json").read_text())["config"]
+        saved = json.loads((run_dir / RUN_CONFIG).read_text())["config"]
     except FileNotFoundError:
-        raise CheckpointError(f"{run_dir}: not a run folder, experiment_config.json is missing") from None
+        raise CheckpointError(f"{run_dir}: not a run folder, {RUN_CONFIG} is missing") from None
     now = config.model_dump(mode="json")
     for name in FIXED_ON_RESUME:
         before, after = _lookup(saved, name), _lookup(now, name)
@@ -329,15 +330,15 @@ def describe_environment() -> dict[str, Any]:
 
 
 def prepare_statistics(
-    config: RunConfig, dataset: EmbeddingDataset, run_dir: Path, rank: int
+    config: RunConfig, dataset: EmbeddingDataset, run_dir: Path, rank: int, device: torch.device
 ) -> tuple[Normalizer, Baselines]:
     """The normaliser and the baselines of the training set, computed once by rank 0 and kept in the run folder."""
-    baselines_file, normalizer_file = run_dir / "baselines.safetensors", run_dir / "normalizer.json"
+    baselines_file, normalizer_file = run_dir / BASELINES, run_dir / NORMALIZER
     if rank == 0 and not baselines_file.exists():
         stats = dataset.manifest.eva_stats, dataset.manifest.clip_stats
         normalizer = Normalizer.from_stats(config.data.normalization, *stats)
         normalizer.save(normalizer_file)
-        fit_baselines(dataset, normalizer).save(baselines_file)
+        fit_baselines(dataset, normalizer, device=device).save(baselines_file)
     dist.barrier()
     return Normalizer.load(normalizer_file), Baselines.load(baselines_file)
 
@@ -356,7 +357,7 @@ def build_model(config: RunConfig, baselines: Baselines) -> DiT:
     model = DiT(config.model)
     model.gradient_checkpointing = config.train.activation_checkpointing
     if config.model.linear_skip == "ridge":
-        model.set_linear_skip(baselines.ridge_weight, baselines.eva_mean, baselines.ridge_bias)
+        model.set_linear_skip(baselines.ridge_weight, baselines.eva_mean, baselines.clip_mean)
     return model
 
 
@@ -364,7 +365,7 @@ def restore(engine: Engine, loader: EmbeddingLoader, run_dir: Path, resume: str 
     """Load the newest whole checkpoint of a resumed run; None means from the beginning."""
     if resume is None:
         return None
-    found: list[Any] = [find_checkpoint(run_dir / "checkpoints") if dist.get_rank() == 0 else None]
+    found: list[Any] = [find_checkpoint(run_dir / CHECKPOINTS) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     checkpoint: Checkpoint | None = found[0]
     if checkpoint is None:
@@ -416,7 +417,6 @@ def evaluate_now(
             config.eval.sampler,
             batch_size=config.eval.batch_size,
             device=engine.device,
-            seed=config.eval.sampler.seed,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             gather=_gather,

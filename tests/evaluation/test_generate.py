@@ -1,0 +1,83 @@
+"""A generated dataset is a dataset: whole, with the source's conditions, keys and captions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blip3o_ds.config import FlowConfig, SamplerConfig
+from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.verify import verify
+from blip3o_ds.errors import DataError
+from blip3o_ds.evaluation.baselines import fit_baselines
+from blip3o_ds.evaluation.generate import generate
+from blip3o_ds.evaluation.report import evaluate
+from blip3o_ds.flow.objective import FlowObjective
+from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
+
+SAMPLER = SamplerConfig(steps=3, seed=5)
+FLOW = FlowObjective(FlowConfig())
+RAW = Normalizer("minimal")
+
+
+def read_all(folder):
+    dataset = EmbeddingDataset(folder)
+    places = [(shard, index) for shard, size in enumerate(dataset.shard_sizes) for index in range(size)]
+    samples = [dataset.read(*place) for place in places]
+    eva, clip = (torch.stack([getattr(sample, side) for sample in samples]) for side in ("eva", "clip"))
+    return [sample.key for sample in samples], eva, clip, [dataset.meta(*place) for place in places]
+
+
+@pytest.fixture
+def source(make_dataset):
+    eva, clip, _ = linear_pairs(11, noise=0.5)
+    return make_dataset(eva, clip, "source")
+
+
+def test_conditions_keys_captions_and_order_are_those_of_the_source(source, tmp_path, config):
+    result = generate(random_model(config), FLOW, RAW, source, tmp_path / "out", SAMPLER, 4, "cpu", "a model")
+
+    facts = {"solver": "euler", "steps": 3, "guidance_scale": 1.0, "seed": 5}
+    facts |= {"normalization": "minimal", "source": "a model"}
+    assert result == {"dataset": str(tmp_path / "out"), "num_samples": 11, "generated": facts}
+    keys, eva, _, meta = read_all(tmp_path / "out")
+    expected_keys, expected_eva, _, expected_meta = read_all(source.path)
+    assert keys == expected_keys
+    assert torch.equal(eva, expected_eva)
+    assert meta == [{**content, "generated": facts} for content in expected_meta]
+    report = verify(tmp_path / "out")
+    assert not report.problems
+    assert EmbeddingDataset(tmp_path / "out").manifest.extra == {"generated": facts}
+
+
+@pytest.mark.parametrize("mode", ["minimal", "standardize"])
+def test_what_is_generated_is_what_was_evaluated(source, tmp_path, config, mode):
+    normalizer = Normalizer.from_stats(mode, source.manifest.eva_stats, source.manifest.clip_stats)
+    model = random_model(config)
+    baselines = fit_baselines(source, normalizer)
+
+    generate(model, FLOW, normalizer, source, tmp_path / "out", SAMPLER, 4, "cpu", "a model")
+    result = evaluate(model, FLOW, normalizer, baselines, source, SAMPLER, batch_size=3, device="cpu")
+
+    generated, true = read_all(tmp_path / "out")[2].double(), read_all(source.path)[2].double()
+    assert result.readings["sampled"]["mse"] == pytest.approx(float((generated - true).square().mean()), rel=1e-5)
+
+
+def test_a_folder_that_holds_something_is_refused(source, config):
+    with pytest.raises(FileExistsError, match="source already exists"):
+        generate(random_model(config), FLOW, RAW, source, source.path, SAMPLER, 4, "cpu", "a model")
+    assert not verify(source.path).problems
+
+
+def test_a_model_that_diverges_midway_leaves_nothing(source, tmp_path):
+    calls = []
+
+    def model(x, t, eva, drop):
+        calls.append(len(x))
+        return torch.full((len(x), TOKENS, CLIP), float("nan") if len(calls) > 3 else 0.0)  # 3 calls a batch
+
+    before = set(tmp_path.iterdir())
+    with pytest.raises(DataError, match="'image_004': clip holds NaN"):
+        generate(model, FLOW, RAW, source, tmp_path / "out", SAMPLER, 4, "cpu", "a model")
+    assert set(tmp_path.iterdir()) == before

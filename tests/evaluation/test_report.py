@@ -1,0 +1,195 @@
+"""Evaluation by generation: the right noise, the right space, the same for any batch size and number of ranks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from blip3o_ds.config import FlowConfig, SamplerConfig
+from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.errors import Blip3oError
+from blip3o_ds.evaluation.baselines import fit_baselines
+from blip3o_ds.evaluation.metrics import METRIC_NAMES
+from blip3o_ds.evaluation.report import READINGS, EvalResult, evaluate, evaluation_noise, format_table
+from blip3o_ds.flow.objective import FlowObjective
+from blip3o_ds.flow.solvers import sample
+from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
+
+SAMPLER = SamplerConfig(steps=3)
+RAW = Normalizer("minimal")
+
+
+@pytest.fixture
+def setting(make_dataset, config):
+    """A function that evaluates a model on 11 images, with baselines fitted on 30 others."""
+    eva, clip, linear = linear_pairs(41, noise=0.5)
+    train, held = make_dataset(eva[:30], clip[:30], "train"), make_dataset(eva[30:], clip[30:], "held")
+
+    def run(model, normalizer=RAW, batch_size=4, prediction="sample", sampler=SAMPLER, **options) -> EvalResult:
+        flow = FlowObjective(FlowConfig(prediction=prediction))
+        baselines = fit_baselines(train, normalizer)
+        return evaluate(model, flow, normalizer, baselines, held, sampler, batch_size, "cpu", **options)
+
+    run.eva, run.clip, run.linear, run.train = eva, clip, linear, train
+    return run
+
+
+def model_that_knows(eva, clip):
+    """Returns the true clip of each image, found by its condition."""
+
+    def model(x, t, condition, drop):
+        distance = torch.cdist(condition.flatten(1), eva.flatten(1))
+        return clip[distance.argmin(dim=1)]
+
+    return model
+
+
+def test_a_model_that_returns_the_true_embeddings_is_perfect(setting):
+    result = setting(model_that_knows(setting.eva, setting.clip))
+
+    for reading in ("posterior_mean", "sampled"):
+        metrics = result.readings[reading]
+        for name in ("clip_similarity", "clip_similarity_centered", "excellent_quality", "norm_ratio", "retrieval_r1"):
+            assert metrics[name] == pytest.approx(1, abs=1e-6)
+        assert metrics["mse"] == pytest.approx(0, abs=1e-10)
+
+
+def test_a_velocity_that_leads_to_the_true_embeddings_is_perfect(setting):
+    knows = model_that_knows(setting.eva, setting.clip)
+
+    def velocity(x, t, condition, drop):
+        return (knows(x, t, condition, drop) - x) / (1 - t)[:, None, None]
+
+    result = setting(velocity, prediction="velocity")
+
+    assert result.readings["posterior_mean"]["mse"] == pytest.approx(0, abs=1e-10)
+    assert result.readings["sampled"]["mse"] == pytest.approx(0, abs=1e-10)
+
+
+def test_the_baselines_stand_beside_the_model_and_are_those_of_the_training_set(setting, config):
+    result = setting(random_model(config))
+
+    assert tuple(result.readings) == READINGS
+    assert all(tuple(metrics) == METRIC_NAMES for metrics in result.readings.values())
+    baselines = fit_baselines(setting.train, RAW)
+    eva, clip = setting.eva[30:].double(), setting.clip[30:].double()
+    ridge = (eva - baselines.eva_mean) @ baselines.ridge_weight.double().T + baselines.clip_mean
+    mean = setting.clip[:30].double().mean((0, 1))
+    assert result.readings["ridge"]["mse"] == pytest.approx(float((ridge - clip).square().mean()), rel=1e-5)
+    assert result.readings["mean_embedding"]["mse"] == pytest.approx(float((mean - clip).square().mean()), rel=1e-5)
+    assert result.readings["ridge"]["mse"] < result.readings["mean_embedding"]["mse"]
+
+
+def test_the_two_readings_are_one_step_from_noise_and_the_solvers(setting, config):
+    model, flow = random_model(config), FlowObjective(FlowConfig())
+    result = setting(model)
+
+    eva, clip = setting.eva[30:], setting.clip[30:].double()
+    noise = evaluation_noise(flow, torch.arange(11), (TOKENS, CLIP), SAMPLER.seed, "cpu")
+    with torch.no_grad():
+        one_step = model(noise, torch.zeros(11), eva).double()
+    sampled = sample(model, flow, eva, noise, SAMPLER).double()
+    assert result.readings["posterior_mean"]["mse"] == pytest.approx(float((one_step - clip).square().mean()), rel=1e-5)
+    assert result.readings["sampled"]["mse"] == pytest.approx(float((sampled - clip).square().mean()), rel=1e-5)
+    assert abs(result.readings["sampled"]["mse"] / result.readings["posterior_mean"]["mse"] - 1) > 1e-3
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(3, 1), (4, 2), (2, 3), (1, 13)])
+def test_batch_size_and_number_of_ranks_change_nothing(setting, config, batch_size, world_size):
+    model = random_model(config)
+    expected = setting(model, batch_size=11)
+    payloads = {}
+
+    def run(rank, gather):
+        return setting(model, batch_size=batch_size, rank=rank, world_size=world_size, gather=gather)
+
+    for rank in range(world_size):  # what each would send, the last two of 13 have no image
+        with pytest.raises(StopIteration):
+            run(rank, lambda payload, rank=rank: payloads.update({rank: payload}) or next(iter(())))
+    joined = run(world_size - 1, lambda own: [payloads[rank] for rank in range(world_size)])
+
+    assert joined.num_samples == expected.num_samples == 11
+    for reading in READINGS:
+        assert joined.readings[reading] == pytest.approx(expected.readings[reading], rel=1e-4, abs=1e-6)
+
+
+def test_a_part_is_spread_over_the_set_and_its_images_keep_their_noise(setting, config):
+    model, flow = random_model(config), FlowObjective(FlowConfig())
+
+    result = setting(model, max_samples=3)
+
+    indices = torch.tensor([0, 3, 7])
+    noise = evaluation_noise(flow, torch.arange(11), (TOKENS, CLIP), SAMPLER.seed, "cpu")[indices]
+    sampled = sample(model, flow, setting.eva[30:][indices], noise, SAMPLER)
+    error = (sampled - setting.clip[30:][indices]).double().square().mean()
+    assert (result.num_samples, result.dataset_samples) == (3, 11)
+    assert result.readings["sampled"]["mse"] == pytest.approx(float(error), rel=1e-5)
+
+
+def test_the_noise_is_another_for_each_seed_and_never_that_of_training():
+    flow = FlowObjective(FlowConfig())
+    noise = evaluation_noise(flow, torch.arange(50), (4, 4), 0, "cpu")
+    training = flow.sample_noise_and_time(torch.arange(50), (4, 4), 0, "cpu")[0]
+
+    rows = torch.cat([noise, training, evaluation_noise(flow, torch.arange(50), (4, 4), 1, "cpu")]).flatten(1)
+
+    assert len(torch.unique(rows, dim=0)) == 150
+
+
+def test_standardised_embeddings_are_compared_raw(setting):
+    stats = setting.train.manifest
+    normalizer = Normalizer.from_stats("standardize", stats.eva_stats, stats.clip_stats)
+    knows = model_that_knows(normalizer.eva(setting.eva), normalizer.clip(setting.clip))
+
+    result = setting(knows, normalizer)
+
+    assert result.space == "raw"
+    assert result.readings["sampled"]["mse"] == pytest.approx(0, abs=1e-9)
+    raw = setting(model_that_knows(setting.eva, setting.clip))
+    assert result.readings["mean_embedding"] == pytest.approx(raw.readings["mean_embedding"], rel=1e-4, abs=1e-6)
+
+
+def test_unit_norm_embeddings_are_compared_as_such(setting):
+    normalizer = Normalizer("full")
+    clip = setting.clip.numpy() / np.linalg.norm(setting.clip, axis=-1, keepdims=True)
+
+    result = setting(model_that_knows(normalizer.eva(setting.eva), 2 * torch.from_numpy(clip)), normalizer)
+
+    assert result.space == "unit_norm"
+    assert result.readings["sampled"]["norm_ratio"] == pytest.approx(2, abs=1e-5)
+    assert result.readings["sampled"]["mse"] == pytest.approx((clip[30:] ** 2).mean(), rel=1e-5)
+
+
+def test_guidance_reaches_the_sampler(setting, config):
+    plain, guided = (
+        setting(random_model(config), sampler=SamplerConfig(steps=3, guidance_scale=scale)) for scale in (1.0, 3.0)
+    )
+    assert plain.readings["posterior_mean"] == guided.readings["posterior_mean"]
+    assert plain.readings["sampled"] != guided.readings["sampled"]
+
+
+def test_a_model_that_diverged_is_an_error_that_names_the_reading(setting):
+    with pytest.raises(Blip3oError, match="image 0: its posterior_mean embedding holds NaN"):
+        setting(lambda x, t, eva, drop: torch.full_like(x, float("nan")))
+
+
+def test_a_result_goes_through_json_and_back(setting, config):
+    result = setting(random_model(config))
+    assert EvalResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_the_table_shows_every_reading_and_figure(setting, config):
+    result = setting(random_model(config), max_samples=3)
+
+    text = format_table({"heldout": result})
+
+    assert "heldout (3 images of 11, raw embeddings)" in text
+    rows = text.splitlines()[2:6]
+    labels = ("DiT posterior mean", "DiT sampled (3 steps euler)", "ridge from EVA", "mean embedding")
+    for row, label, metrics in zip(rows, labels, result.readings.values(), strict=True):
+        assert row.startswith(label)
+        shown = [float(cell) for cell in row[len("DiT sampled (3 steps euler)") :].split()]
+        assert shown == pytest.approx(list(metrics.values()), abs=5.1e-4, rel=0.05)
