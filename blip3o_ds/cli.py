@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_inference(commands)
     _add_plan(commands)
+    _add_compare(commands)
     data = commands.add_parser("data", help="make, check and look at datasets").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -199,6 +200,19 @@ def run_export(args: argparse.Namespace) -> dict:
     export(args.run_dir, args.dst, step=args.step)
     print(f"exported to {args.dst}")
     return {"export": str(args.dst)}
+
+
+def _add_compare(commands: Any) -> None:
+    p = _command(commands, "compare", run_compare, "finished runs side by side: settings that differ, and metrics")
+    p.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="two run folders or more")
+
+
+def run_compare(args: argparse.Namespace) -> dict:
+    from blip3o_ds.evaluation.compare import compare, format_comparison
+
+    comparison = compare(args.runs)
+    print(format_comparison(comparison))
+    return comparison.to_dict()
 
 
 def _add_plan(commands: Any) -> None:

@@ -107,7 +107,7 @@ def evaluate(
 def format_table(results: dict[str, EvalResult]) -> str:
     """A plain table of several datasets' results, one block each, with a line that explains the columns."""
     blocks = [_block(split, result) for split, result in results.items()]
-    return "\n\n".join([*blocks, _LEGEND])
+    return "\n\n".join([*blocks, LEGEND])
 
 
 def evaluation_noise(
@@ -155,7 +155,7 @@ _COLUMNS = dict(
         strict=True,
     )
 )
-_LEGEND = (
+LEGEND = (
     "cos: clip_similarity, cos-c: clip_similarity_centered (training mean subtracted), >x: share of images above,\n"
     "norm: norm_ratio, R@k: retrieval_rk, frechet: frechet_diagonal, var: variance_ratio (1 is right for norm, var)"
 )
@@ -173,6 +173,16 @@ def row_label(reading: str, sampler: SamplerConfig) -> str:
     }[reading]
 
 
+def table_head(width: int) -> str:
+    """The line above the metrics, for labels `width` signs wide."""
+    return " " * width + "".join(f"{column:>9}" for column in _COLUMNS.values())
+
+
+def table_row(label: str, metrics: dict[str, float], width: int) -> str:
+    """One line of metrics."""
+    return f"{label:<{width}}" + "".join(_cell(metrics[name]) for name in METRIC_NAMES)
+
+
 def _block(split: str, result: EvalResult) -> str:
     images = f"{result.num_samples} images"
     if result.num_samples < result.dataset_samples:
@@ -180,10 +190,10 @@ def _block(split: str, result: EvalResult) -> str:
     space = "raw embeddings" if result.space == "raw" else "unit-norm embeddings"
     labels = {reading: row_label(reading, result.sampler) for reading in READINGS}
     width = max(len(label) for label in labels.values())
-    lines = [f"{split} ({images}, {space})", " " * width + "".join(f"{c:>9}" for c in _COLUMNS.values())]
+    lines = [f"{split} ({images}, {space})", table_head(width)]
     for reading, label in labels.items():
         metrics = result.readings[reading]
-        lines.append(f"{label:<{width}}" + "".join(_cell(metrics[name]) for name in METRIC_NAMES))
+        lines.append(table_row(label, metrics, width))
     return "\n".join(lines)
 
 
