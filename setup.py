@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["blip3o_ds", "blip3o_ds.*"]), "blip3o_kernels"],
     package_dir={"blip3o_kernels": "kernels"},
-    package_data={"blip3o_ds": ["presets/*.yaml"]},
+    package_data={"blip3o_ds": ["presets/*.yaml"], "blip3o_kernels": ["tuned.json"]},
     entry_points={"console_scripts": ["blip3o-ds = blip3o_ds.cli:main"]},
     install_requires=[
         "torch>=2.11",

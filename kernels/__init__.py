@@ -1,9 +1,10 @@
 """blip3o_kernels: the operations of the DiT that are worth fusing, each a plain function on tensors.
 
 The model calls the functions of this package and does not know how they are computed; `reference` holds them in
-plain PyTorch.
+plain PyTorch, `dispatch` says which path a call takes.
 """
 
+from blip3o_kernels.dispatch import use_kernels
 from blip3o_kernels.reference import (
     FlowLoss,
     flow_matching_loss,
@@ -22,4 +23,5 @@ __all__ = [
     "rms_norm",
     "sandwich",
     "swiglu",
+    "use_kernels",
 ]

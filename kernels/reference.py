@@ -9,6 +9,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from blip3o_kernels.checks import (
+    check_flow_matching_loss,
+    check_gqa_attention,
+    check_qk_norm_rope,
+    check_rms_norm,
+    check_sandwich,
+    check_swiglu,
+)
 from torch import Tensor
 
 
@@ -37,12 +45,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, scale: Tensor | None 
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    D = x.shape[-1]
-    _check_floating("x", x)
-    _check_shape("weight", weight, (D,))
+    check_rms_norm(x, weight, scale)
     gain = weight.float()
     if scale is not None:
-        _check_shape("scale", scale, (x.shape[0], D))
         gain = _per_sample(gain * (1 + scale.float()), x)
     return _normalized(x, eps, gain).to(x.dtype)
 
@@ -74,12 +79,7 @@ def sandwich(
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    _check_floating("branch_out", branch_out, dims=3)
-    B, _, D = branch_out.shape
-    _check_shape("residual", residual, branch_out.shape)
-    _check_dtype("residual", residual, "branch_out", branch_out)
-    _check_shape("post_weight", post_weight, (D,))
-    _check_shape("gate", gate, (B, D))
+    check_sandwich(branch_out, residual, post_weight, gate, next_pre_weight, next_scale)
     gain = _per_sample(post_weight.float() * torch.tanh(gate.float()), branch_out)
     new_residual = torch.add(residual, _normalized(branch_out, eps, gain)).to(residual.dtype)
     return new_residual, rms_norm(new_residual, next_pre_weight, eps, next_scale)
@@ -106,9 +106,8 @@ def qk_norm_rope(
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin: give both tables or neither")
-    return _norm_rope("q", q, q_weight, cos, sin, eps), _norm_rope("k", k, k_weight, cos, sin, eps)
+    check_qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
+    return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps)
 
 
 def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -126,14 +125,7 @@ def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    _check_floating("q", q, dims=4)
-    _check_floating("k", k, dims=4)
-    B, _, H, D = q.shape
-    if k.shape[0] != B or k.shape[3] != D or H % k.shape[2]:
-        raise ValueError(f"k: expected [{B}, Nk, Hkv, {D}] with Hkv dividing {H}, found {list(k.shape)}")
-    _check_shape("v", v, k.shape)
-    _check_dtype("k", k, "q", q)
-    _check_dtype("v", v, "q", q)
+    check_gqa_attention(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D], as views
     out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
@@ -147,9 +139,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    _check_floating("gate", gate)
-    _check_shape("up", up, gate.shape)
-    _check_dtype("up", up, "gate", gate)
+    check_swiglu(gate, up)
     return F.silu(gate) * up
 
 
@@ -162,9 +152,7 @@ def flow_matching_loss(prediction: Tensor, target: Tensor) -> FlowLoss:
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    _check_floating("prediction", prediction, dims=3)
-    _check_floating("target", target)
-    _check_shape("target", target, prediction.shape)
+    check_flow_matching_loss(prediction, target)
     prediction, target = prediction.float(), target.float()
     mse = (prediction - target).square().mean(dim=(1, 2))
     with torch.no_grad():
@@ -187,14 +175,9 @@ def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     return values.view(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
 
 
-def _norm_rope(name: str, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
-    _check_floating(name, x, dims=4)
-    N, D = x.shape[1], x.shape[3]
-    _check_shape(f"{name}_weight", weight, (D,))
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     y = _normalized(x, eps, weight.float())
     if cos is not None and sin is not None:
-        _check_shape(f"cos (for {name})", cos, (N, D // 2))
-        _check_shape(f"sin (for {name})", sin, (N, D // 2))
         y = _rotate_pairs(y, cos.float()[:, None], sin.float()[:, None])  # tables: [N, 1, D/2]
     return y.to(x.dtype)
 
@@ -203,20 +186,3 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channels (2i, 2i+1) as a complex number, times `cos + i sin`: half the time of four real products on CPU."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name}: expected shape {list(expected)}, found {list(tensor.shape)}")
-
-
-def _check_floating(name: str, tensor: Tensor, dims: int | None = None) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating dtype, found {tensor.dtype}")
-    if dims is not None and tensor.dim() != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions, found shape {list(tensor.shape)}")
-
-
-def _check_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.dtype != other.dtype:
-        raise ValueError(f"{name}: expected {other.dtype} as {other_name} has, found {tensor.dtype}")

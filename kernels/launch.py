@@ -1,0 +1,160 @@
+"""How a kernel is launched: configurations, the rule that gives each one, and the table of measured ones.
+
+A configuration comes from `tuned.json` where a search has measured this GPU, operation and class of shapes, else from
+a rule below; nothing is ever searched while a model runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+TUNED_PATH = Path(__file__).with_name("tuned.json")
+MAX_CHANNELS = 8192  # a row kernel holds a whole row in registers
+
+_assumed_arch = 80
+
+C = TypeVar("C")
+Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # GPU name -> operation -> class of shapes -> configuration
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A program of a row kernel takes `tiles` tiles in turn, each `rows` tokens of one sample with all channels."""
+
+    rows: int  # a power of two
+    tiles: int
+    num_warps: int
+
+
+def row_config(N: int, D: int, elements_per_thread: int, tiles: int = 1) -> RowConfig:
+    """About 4096 elements a tile, which is 64 bytes in flight a thread in bf16, and one row where rows are wider.
+
+    Args:
+        elements_per_thread: of one tile; fewer where a kernel holds more tiles in registers at once.
+    """
+    width = next_power_of_2(D)
+    rows = max(1, min(4096 // width, next_power_of_2(N), 64))
+    warps = rows * width // (32 * elements_per_thread)
+    return RowConfig(rows, tiles, min(max(next_power_of_2(warps), 1), 16))
+
+
+def row_candidates(D: int, elements_per_thread: tuple[int, ...], tiles: tuple[int, ...] = (1,)) -> list[RowConfig]:
+    """The space a search tries: tiles of 1024 to 16384 elements, each thread with one of the given shares."""
+    width = next_power_of_2(D)
+    configs = []
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        elements = rows * width
+        if not (1024 <= elements <= 16384 or rows == 1):
+            continue
+        for share in elements_per_thread:
+            warps = elements // (32 * share)
+            if 1 <= warps <= 16:
+                configs += [RowConfig(rows, count, warps) for count in tiles]
+    return configs
+
+
+def choose(op: str, shape_class: str, x: Tensor, default: C) -> C:
+    """The measured configuration for x's GPU, this operation and class of shapes, or the rule's `default`.
+
+    Raises:
+        ValueError: the entry of `tuned.json` does not have the fields of `default`.
+    """
+    if not x.is_cuda:
+        return default
+    entry = tuned_table(TUNED_PATH).get(gpu_name(x.device.index), {}).get(op, {}).get(shape_class)
+    return default if entry is None else _configuration(entry, default, f"{op}, {shape_class}")
+
+
+def arch_of(x: Tensor) -> int:
+    """Compute capability of x's GPU, 90 for 9.0; for a tensor on no GPU that of `assume_arch`, else 80."""
+    if not x.is_cuda:
+        return _assumed_arch
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+@contextmanager
+def assume_arch(arch: int) -> Iterator[None]:
+    """Within this block the rules choose as for this compute capability where there is no GPU to ask."""
+    global _assumed_arch
+    before, _assumed_arch = _assumed_arch, arch
+    try:
+        yield
+    finally:
+        _assumed_arch = before
+
+
+def shape_class(dtype: torch.dtype, **sizes: int) -> str:
+    """The key of a class of shapes, `shape_class(torch.bfloat16, D=1024)` is `bfloat16 D=1024`."""
+    return " ".join([str(dtype).removeprefix("torch."), *(f"{letter}={size}" for letter, size in sizes.items())])
+
+
+def record(gpu: str, op: str, shape_class: str, config: Any, path: Path = TUNED_PATH) -> None:
+    """Keep a measured configuration in the table, replacing an earlier one; the file is renamed into place."""
+    table = dict(tuned_table(path))
+    operations = dict(table.get(gpu, {}))
+    operations[op] = {**operations.get(op, {}), shape_class: asdict(config)}
+    table[gpu] = operations
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    tuned_table.cache_clear()
+
+
+@lru_cache(maxsize=8)
+def tuned_table(path: Path) -> Table:
+    """The table of measured configurations.
+
+    Raises:
+        ValueError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON table of launch configurations ({error}); reinstall it") from None
+
+
+@lru_cache(maxsize=64)
+def gpu_name(index: int) -> str:
+    """The name by which the table knows a CUDA device."""
+    return torch.cuda.get_device_name(index)
+
+
+def as_rows(x: Tensor, per_sample: bool = True) -> Tensor:
+    """`[..., D]` as `[B, N, D]` with dense channels: a view where the strides allow it, else one copy.
+
+    Args:
+        per_sample: of two dimensions, the first is B; otherwise it is N of one sample, which makes fuller tiles.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.dim() == 1:
+        return x[None, None]
+    if x.dim() == 2:
+        return x[:, None] if per_sample else x[None]
+    return x.flatten(1, -2)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n; 1 for n below one."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _configuration(entry: dict[str, int], default: C, where: str) -> C:
+    expected = {field.name for field in fields(default)}  # type: ignore[arg-type]
+    if set(entry) != expected:
+        raise ValueError(f"{TUNED_PATH}: {where}: expected fields {sorted(expected)}, found {sorted(entry)}; retune it")
+    return type(default)(**entry)
