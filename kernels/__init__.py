@@ -4,13 +4,17 @@ The model calls the functions of this package and does not know how they are com
 plain PyTorch, `dispatch` says which path a call takes.
 """
 
-from blip3o_kernels.dispatch import use_kernels
+from blip3o_kernels.dispatch import TRITON_INSTALLED, use_kernels
+from blip3o_kernels.reference import FlowLoss
+
+if TRITON_INSTALLED:
+    from blip3o_kernels.rms_norm import rms_norm
+else:
+    from blip3o_kernels.reference import rms_norm
 from blip3o_kernels.reference import (
-    FlowLoss,
     flow_matching_loss,
     gqa_attention,
     qk_norm_rope,
-    rms_norm,
     sandwich,
     swiglu,
 )

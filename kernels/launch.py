@@ -29,14 +29,28 @@ Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # GPU name -> operation
 
 @dataclass(frozen=True)
 class RowConfig:
-    """A program of a row kernel takes `tiles` tiles in turn, each `rows` tokens of one sample with all channels."""
+    """A program of a row kernel takes one tile: `rows` tokens of one sample, all channels of each."""
 
     rows: int  # a power of two
-    tiles: int
     num_warps: int
 
 
-def row_config(N: int, D: int, elements_per_thread: int, tiles: int = 1) -> RowConfig:
+@dataclass(frozen=True)
+class SumConfig:
+    """A program of a row kernel that also sums over tokens takes several tiles, and leaves one partial sum for all."""
+
+    rows: int
+    num_warps: int
+    programs: int  # about how many share the tokens: enough to fill a GPU, few enough that the partial sums stay small
+
+    def split(self, B: int, N: int) -> tuple[int, int]:
+        """Programs of one sample, and tiles of one program."""
+        blocks = cdiv(N, self.rows)
+        tiles = max(1, B * blocks // self.programs)
+        return cdiv(blocks, tiles), tiles
+
+
+def row_config(N: int, D: int, elements_per_thread: int) -> RowConfig:
     """About 4096 elements a tile, which is 64 bytes in flight a thread in bf16, and one row where rows are wider.
 
     Args:
@@ -45,22 +59,38 @@ def row_config(N: int, D: int, elements_per_thread: int, tiles: int = 1) -> RowC
     width = next_power_of_2(D)
     rows = max(1, min(4096 // width, next_power_of_2(N), 64))
     warps = rows * width // (32 * elements_per_thread)
-    return RowConfig(rows, tiles, min(max(next_power_of_2(warps), 1), 16))
+    return RowConfig(rows, min(max(warps, 1), 16))
 
 
-def row_candidates(D: int, elements_per_thread: tuple[int, ...], tiles: tuple[int, ...] = (1,)) -> list[RowConfig]:
+def sum_config(N: int, D: int, elements_per_thread: int) -> SumConfig:
+    """The tile of `row_config`, for 1024 programs: about two waves of four programs on each of 132 multiprocessors."""
+    tile = row_config(N, D, elements_per_thread)
+    return SumConfig(tile.rows, tile.num_warps, 1024)
+
+
+def row_candidates(D: int, elements_per_thread: tuple[int, ...]) -> list[RowConfig]:
     """The space a search tries: tiles of 1024 to 16384 elements, each thread with one of the given shares."""
     width = next_power_of_2(D)
     configs = []
     for rows in (1, 2, 4, 8, 16, 32, 64):
         elements = rows * width
-        if not (1024 <= elements <= 16384 or rows == 1):
+        if not (1024 <= elements <= 16384):
             continue
-        for share in elements_per_thread:
-            warps = elements // (32 * share)
-            if 1 <= warps <= 16:
-                configs += [RowConfig(rows, count, warps) for count in tiles]
+        warps = (elements // (32 * share) for share in elements_per_thread)
+        configs += [RowConfig(rows, count) for count in warps if 1 <= count <= 16]
     return configs
+
+
+def sum_candidates(D: int, elements_per_thread: tuple[int, ...]) -> list[SumConfig]:
+    """The space of `row_candidates`, each for half, once, twice and four times the rule's number of programs."""
+    tiles = row_candidates(D, elements_per_thread)
+    return [SumConfig(tile.rows, tile.num_warps, count) for tile in tiles for count in (512, 1024, 2048, 4096)]
+
+
+def too_wide(name: str, x: Tensor) -> str | None:
+    """Why a row kernel cannot take x, or None: a row must fit in the registers of one program."""
+    D = x.shape[-1]
+    return f"{name}: expected 1 to {MAX_CHANNELS} channels, found {D}" if not 1 <= D <= MAX_CHANNELS else None
 
 
 def choose(op: str, shape_class: str, x: Tensor, default: C) -> C:
@@ -139,13 +169,27 @@ def as_rows(x: Tensor, per_sample: bool = True) -> Tensor:
     Args:
         per_sample: of two dimensions, the first is B; otherwise it is N of one sample, which makes fuller tiles.
     """
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    x = dense(x)
     if x.dim() == 1:
         return x[None, None]
     if x.dim() == 2:
         return x[:, None] if per_sample else x[None]
     return x.flatten(1, -2)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x with dense channels: itself, or one copy."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def row_stride(x: Tensor | None) -> int:
+    """The stride of the samples of `[B, D]`; 0 for an absent tensor."""
+    return 0 if x is None else x.stride(0)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
