@@ -31,7 +31,7 @@ from blip3o_kernels.launch import (
     sum_config,
     too_wide,
 )
-from blip3o_kernels.numeric import rounded, tanh
+from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
 from torch import Tensor
 
 
@@ -45,8 +45,7 @@ def _forward_kernel(
     inside = (n < N)[:, None] & (d < D)[None, :]
     gain = load_gain(weight, scale, b * scale_b, d, D)
     values = tl.load(x + b * x_b + n[:, None] * x_n + d[None, :], mask=inside, other=0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(values * values, axis=1) / D + eps)
-    out = values * rstd[:, None] * gain[None, :]
+    out = values * inverse_rms(values, n < N, eps, D) * gain[None, :]
     tl.store(y + (b * N + n)[:, None] * D + d[None, :], rounded(out, y.dtype.element_ty), mask=inside)
 
 
@@ -65,10 +64,9 @@ def _backward_kernel(
         inside = (n < N)[:, None] & (d < D)[None, :]
         values = tl.load(x + b * x_b + n[:, None] * x_n + d[None, :], mask=inside, other=0).to(tl.float32)
         upstream = tl.load(dy + b * dy_b + n[:, None] * dy_n + d[None, :], mask=inside, other=0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(values * values, axis=1) / D + eps)
-        normed = values * rstd[:, None]
-        total += upstream * normed
-        out = norm_gradient(upstream * gain[None, :], normed, rstd, D)
+        rstd = inverse_rms(values, n < N, eps, D)
+        total += upstream * (values * rstd)
+        out = norm_gradient(upstream * gain[None, :], values, rstd, D)
         tl.store(dx + (b * N + n)[:, None] * D + d[None, :], rounded(out, dx.dtype.element_ty), mask=inside)
     tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
@@ -79,7 +77,7 @@ def _gain_gradients_kernel(
     D: tl.constexpr, BD: tl.constexpr, SAMPLES: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(0) * BD + tl.arange(0, BD)
-    gain = tl.load(weight + d, mask=d < D, other=0).to(tl.float32)[None, :]
+    gain = load_row(weight, d, D)[None, :]
     total = tl.zeros([SAMPLES, BD], tl.float32)
     for first in range(0, B, SAMPLES):
         b = (first + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
@@ -100,22 +98,6 @@ def _gain_gradients_kernel(
         total += sample
     out = tl.sum(total, axis=0)
     tl.store(d_weight + d, rounded(out, d_weight.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def load_gain(weight, scale, scale_offset, d, D: tl.constexpr):
-    """`weight * (1 + scale)` of one sample, [BD] fp32."""
-    gain = tl.load(weight + d, mask=d < D, other=0).to(tl.float32)
-    if scale is not None:
-        gain *= 1 + tl.load(scale + scale_offset + d, mask=d < D, other=0).to(tl.float32)
-    return gain
-
-
-@triton.jit
-def norm_gradient(upstream, normed, rstd, D: tl.constexpr):
-    """Gradient of x from that of `normed = x * rstd`, [ROWS, BD] fp32."""
-    along = tl.sum(upstream * normed, axis=1) / D
-    return rstd[:, None] * (upstream - normed * along[:, None])
 
 
 def launch_forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
