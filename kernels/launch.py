@@ -50,22 +50,23 @@ class SumConfig:
         return cdiv(blocks, tiles), tiles
 
 
-def row_config(N: int, D: int, elements_per_thread: int) -> RowConfig:
-    """About 4096 elements a tile, which is 64 bytes in flight a thread in bf16, and one row where rows are wider.
+def row_config(N: int, D: int, elements_per_thread: int, tile: int = 4096) -> RowConfig:
+    """Tiles of about `tile` elements, or one row where rows are wider.
 
     Args:
-        elements_per_thread: of one tile; fewer where a kernel holds more tiles in registers at once.
+        elements_per_thread: of one tile: 32 are 64 bytes in flight a thread in bf16; fewer where a kernel holds more
+            tiles in registers at once.
     """
     width = next_power_of_2(D)
-    rows = max(1, min(4096 // width, next_power_of_2(N), 64))
+    rows = max(1, min(tile // width, next_power_of_2(N), 64))
     warps = rows * width // (32 * elements_per_thread)
     return RowConfig(rows, min(max(warps, 1), 16))
 
 
-def sum_config(N: int, D: int, elements_per_thread: int) -> SumConfig:
+def sum_config(N: int, D: int, elements_per_thread: int, tile: int = 4096) -> SumConfig:
     """The tile of `row_config`, for 1024 programs: about two waves of four programs on each of 132 multiprocessors."""
-    tile = row_config(N, D, elements_per_thread)
-    return SumConfig(tile.rows, tile.num_warps, 1024)
+    config = row_config(N, D, elements_per_thread, tile)
+    return SumConfig(config.rows, config.num_warps, 1024)
 
 
 def row_candidates(D: int, elements_per_thread: tuple[int, ...]) -> list[RowConfig]:

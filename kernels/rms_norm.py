@@ -57,7 +57,7 @@ def _backward_kernel(
     b = (tl.program_id(0) // splits).to(tl.int64)
     first = (tl.program_id(0) % splits).to(tl.int64) * tiles * ROWS
     d = tl.arange(0, BD)
-    gain = load_gain(weight, scale, b * scale_b, d, D)
+    gain = load_gain(weight, scale, b * scale_b, d, D)[None, :]
     total = tl.zeros([ROWS, BD], tl.float32)  # of dy * normed, which the gradients of weight and scale are made of
     for tile in range(tiles):
         n = first + tile * ROWS + tl.arange(0, ROWS)
@@ -66,7 +66,7 @@ def _backward_kernel(
         upstream = tl.load(dy + b * dy_b + n[:, None] * dy_n + d[None, :], mask=inside, other=0).to(tl.float32)
         rstd = inverse_rms(values, n < N, eps, D)
         total += upstream * (values * rstd)
-        out = norm_gradient(upstream * gain[None, :], values, rstd, D)
+        out = norm_gradient(upstream * gain, values, rstd, D)
         tl.store(dx + (b * N + n)[:, None] * D + d[None, :], rounded(out, dx.dtype.element_ty), mask=inside)
     tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 

@@ -67,5 +67,6 @@ def _outputs_and_gradients(
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         dtypes = dtypes or [y.dtype for y in outputs]
         upstream = [random(*y.shape, dtype=dtypes[i], seed=100 + i).to(y.dtype) for i, y in enumerate(outputs)]
-        gradients = torch.autograd.grad(outputs, [x for x in leaves if x is not None], upstream)
+        sources = [x for x in leaves if x is not None]
+        gradients = torch.autograd.grad(outputs, sources, upstream, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in (*outputs, *gradients)]
