@@ -88,6 +88,35 @@ def sum_candidates(D: int, elements_per_thread: tuple[int, ...]) -> list[SumConf
     return [SumConfig(tile.rows, tile.num_warps, count) for tile in tiles for count in (512, 1024, 2048, 4096)]
 
 
+@dataclass(frozen=True)
+class TileConfig:
+    """A program of an elementwise kernel takes one tile of `rows` tokens and `columns` channels, powers of two."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def tile_config(N: int, D: int) -> TileConfig:
+    """2048 elements a tile, 16 a thread; columns that divide D where they can, so that no tile is half empty."""
+    columns = min(D & -D, 1024)  # the largest power of two that divides D
+    if columns < 128:
+        columns = min(next_power_of_2(D), 1024)
+    return TileConfig(max(1, min(2048 // columns, next_power_of_2(N))), columns, 4)
+
+
+def tile_candidates(D: int) -> list[TileConfig]:
+    """The space a search tries: tiles of 1024 to 8192 elements, 8, 16 or 32 of them a thread."""
+    return [
+        TileConfig(elements // columns, columns, elements // (32 * share))
+        for columns in (256, 512, 1024, 2048)
+        if columns < 2 * D
+        for elements in (1024, 2048, 4096, 8192)
+        for share in (8, 16, 32)
+        if elements >= columns and 1 <= elements // (32 * share) <= 16
+    ]
+
+
 def too_wide(name: str, x: Tensor) -> str | None:
     """Why a row kernel cannot take x, or None: a row must fit in the registers of one program."""
     D = x.shape[-1]
