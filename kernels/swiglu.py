@@ -129,7 +129,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = ctx.saved_tensors
-    d_gate, d_up = _swiglu_backward(dy, gate, up).split_with_sizes([gate.shape[-1]] * 2, dim=-1)
+    # The dimension counted from the front, as autograd concatenates: the compiler matches the two literally.
+    d_gate, d_up = _swiglu_backward(dy, gate, up).split_with_sizes([gate.shape[-1]] * 2, dim=gate.dim() - 1)
     return d_gate, d_up
 
 
