@@ -145,12 +145,13 @@ def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate:
     B, splits, D = partial.shape
     d_weight = torch.empty_like(weight)
     d_factor = weight.new_empty(0) if factor is None else torch.empty(B, D, dtype=factor.dtype, device=weight.device)
-    if factor is None:
-        B, splits = B * splits, 1
+    samples, num_warps = 32, 4
+    if factor is None:  # nothing is asked for each sample: one long sum
+        B, splits, samples, num_warps = B * splits, 1, 128, 8
     with torch.cuda.device_of(partial):
         _gain_gradients_kernel[(cdiv(D, 32),)](
             partial, weight, factor, d_weight, d_factor, row_stride(factor), B, splits,
-            D, 32, 32, gate, num_warps=4, num_stages=1,
+            D, 32, samples, gate, num_warps=num_warps, num_stages=1,
         )  # fmt: skip
     return d_weight, d_factor
 
