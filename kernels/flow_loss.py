@@ -34,7 +34,7 @@ from blip3o_kernels.reference import FlowLoss
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "tiles", "programs"])
 def _forward_kernel(
     prediction, target, sums, prediction_b, prediction_n, target_b, target_n, N, splits, tiles, programs,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
@@ -65,7 +65,7 @@ def _forward_kernel(
     tl.store(out + 3 * programs, tl.sum(target_norm, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks"])
 def _backward_kernel(
     d_mse, x, other, dx, d_mse_b, x_b, x_n, other_b, other_n, N, blocks,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,

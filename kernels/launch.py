@@ -22,6 +22,7 @@ TUNED_PATH = Path(__file__).with_name("tuned.json")
 MAX_CHANNELS = 8192  # a row kernel holds a whole row in registers
 
 _assumed_arch = 80
+_forced: dict[str, Any] = {}  # operation -> configuration
 
 C = TypeVar("C")
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # GPU name -> operation -> class of shapes -> configuration
@@ -129,10 +130,22 @@ def choose(op: str, shape_class: str, x: Tensor, default: C) -> C:
     Raises:
         ValueError: the entry of `tuned.json` does not have the fields of `default`.
     """
+    if op in _forced:
+        return _forced[op]
     if not x.is_cuda:
         return default
     entry = tuned_table(TUNED_PATH).get(gpu_name(x.device.index), {}).get(op, {}).get(shape_class)
     return default if entry is None else _configuration(entry, default, f"{op}, {shape_class}")
+
+
+@contextmanager
+def force_config(op: str, config: Any) -> Iterator[None]:
+    """Within this block `op` is launched with `config`, whatever the table and the rule say; for a search."""
+    _forced[op] = config
+    try:
+        yield
+    finally:
+        del _forced[op]
 
 
 def arch_of(x: Tensor) -> int:
@@ -215,6 +228,11 @@ def dense(x: Tensor | None) -> Tensor | None:
 def row_stride(x: Tensor | None) -> int:
     """The stride of the samples of `[B, D]`; 0 for an absent tensor."""
     return 0 if x is None else x.stride(0)
+
+
+def parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What a model's parameters may be where its activations are `dtype`: the same, and fp32 under bf16 autocast."""
+    return (dtype, torch.float32) if dtype == torch.bfloat16 else (dtype,)
 
 
 def cdiv(a: int, b: int) -> int:

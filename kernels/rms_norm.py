@@ -23,6 +23,7 @@ from blip3o_kernels.launch import (
     choose,
     dense,
     next_power_of_2,
+    parameter_dtypes,
     row_candidates,
     row_config,
     row_stride,
@@ -35,7 +36,7 @@ from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradie
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks"])
 def _forward_kernel(
     x, weight, scale, y, x_b, x_n, scale_b, N, blocks, eps, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -49,7 +50,7 @@ def _forward_kernel(
     tl.store(y + (b * N + n)[:, None] * D + d[None, :], rounded(out, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "tiles"])
 def _backward_kernel(
     dy, x, weight, scale, dx, partial, dy_b, dy_n, x_b, x_n, scale_b, N, splits, tiles, eps,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
@@ -71,7 +72,7 @@ def _backward_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "splits"])
 def _gain_gradients_kernel(
     partial, weight, factor, d_weight, d_factor, factor_b, B, splits,
     D: tl.constexpr, BD: tl.constexpr, SAMPLES: tl.constexpr, GATE: tl.constexpr,
@@ -176,8 +177,9 @@ def launches(shape: Any, dtype: torch.dtype) -> None:
     B, N, D = shape.batch_size, shape.num_tokens, shape.hidden_size
     x = torch.empty(B, N, D, dtype=dtype, device="meta")
     scale = torch.empty(B, 6 * D, dtype=dtype, device="meta")[:, :D]
-    for weight in (x.new_empty(D), x.new_empty(D, dtype=torch.float32)):
+    for parameters in parameter_dtypes(dtype):
         for modulation in (scale, None):
+            weight = torch.empty(D, dtype=parameters, device="meta")
             launch_forward(x, weight, modulation, 1e-6)
             launch_backward(x, x, weight, modulation, 1e-6)
 

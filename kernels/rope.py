@@ -22,6 +22,7 @@ from blip3o_kernels.launch import (
     choose,
     dense,
     next_power_of_2,
+    parameter_dtypes,
     row_candidates,
     row_config,
     shape_class,
@@ -34,7 +35,7 @@ from blip3o_kernels.rms_norm import gain_gradients
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Nq", "Nk", "q_blocks", "k_blocks"])
 def _forward_kernel(
     q, k, q_weight, k_weight, cos, sin, q_out, k_out, q_b, q_n, q_h, k_b, k_n, k_h,
     Nq, Nk, q_blocks, k_blocks, eps,
@@ -67,7 +68,7 @@ def _forward_rows(
     tl.store(y + row[:, None] * D + d[None, :], rounded(out, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Nq", "Nk", "q_splits", "k_splits", "tiles"])
 def _backward_kernel(
     dq, dk, q, k, q_weight, k_weight, cos, sin, dq_out, dk_out, q_partial, k_partial,
     dq_b, dq_n, dq_h, dk_b, dk_n, dk_h, q_b, q_n, q_h, k_b, k_n, k_h, Nq, Nk, q_splits, k_splits, tiles, eps,
@@ -203,8 +204,9 @@ def launches(shape: Any, dtype: torch.dtype) -> None:
     qkv = torch.empty(B, N, H + 2 * Hkv, D, dtype=dtype, device="meta")
     q, k, _ = qkv.split((H, Hkv, Hkv), dim=2)
     table = torch.empty(N, D // 2, device="meta")
-    for weight in (q.new_empty(D), q.new_empty(D, dtype=torch.float32)):
+    for parameters in parameter_dtypes(dtype):
         for tables in ((table, table), (None, None)):
+            weight = torch.empty(D, dtype=parameters, device="meta")
             q_out, k_out = launch_forward(q, k, weight, weight, *tables, 1e-6)
             launch_backward(q_out, k_out, q, k, weight, weight, *tables, 1e-6)
 

@@ -23,6 +23,7 @@ from blip3o_kernels.launch import (
     choose,
     dense,
     next_power_of_2,
+    parameter_dtypes,
     row_candidates,
     row_config,
     shape_class,
@@ -35,7 +36,7 @@ from blip3o_kernels.rms_norm import gain_gradients
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks"])
 def _forward_kernel(
     branch_out, residual, post_weight, gate, pre_weight, scale, new_residual, next_input,
     branch_b, branch_n, residual_b, residual_n, gate_b, scale_b, N, blocks, eps,
@@ -60,7 +61,7 @@ def _forward_kernel(
     tl.store(next_input + out, rounded(normed, next_input.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "tiles"])
 def _backward_kernel(
     d_new_residual, d_next_input, branch_out, new_residual, post_weight, gate, pre_weight, scale,
     d_branch, d_residual, post_partial, pre_partial,
@@ -179,7 +180,8 @@ def launches(shape: Any, dtype: torch.dtype) -> None:
     B, N, D = shape.batch_size, shape.num_tokens, shape.hidden_size
     x = torch.empty(B, N, D, dtype=dtype, device="meta")
     gate, scale = torch.empty(B, 6 * D, dtype=dtype, device="meta").chunk(6, dim=-1)[:2]
-    for weight in (x.new_empty(D), x.new_empty(D, dtype=torch.float32)):
+    for parameters in parameter_dtypes(dtype):
+        weight = torch.empty(D, dtype=parameters, device="meta")
         launch_forward(x, x, weight, gate, weight, scale, 1e-6)
         launch_backward(x, x, x, x, weight, gate, weight, scale, 1e-6)
 

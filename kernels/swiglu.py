@@ -20,7 +20,7 @@ from blip3o_kernels.numeric import rounded
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "row_blocks", "column_blocks"])
 def _forward_kernel(
     gate, up, y, gate_b, gate_n, up_b, up_n, N, D, row_blocks, column_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def _forward_kernel(
     tl.store(y + (b * N + n) * D + d, rounded(out, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "row_blocks", "column_blocks"])
 def _backward_kernel(
     dy, gate, up, d_both, dy_b, dy_n, gate_b, gate_n, up_b, up_n, N, D, row_blocks, column_blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
