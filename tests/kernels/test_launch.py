@@ -12,6 +12,7 @@ from blip3o_kernels.launch import (
     as_rows,
     assume_arch,
     choose,
+    force_config,
     record,
     row_config,
     shape_class,
@@ -57,6 +58,15 @@ def test_a_recorded_configuration_is_chosen_for_its_gpu_operation_and_class_alon
     assert choose("rms_norm", shape_class(torch.bfloat16, D=768), OnGpu, default) == default
     assert choose("rms_norm", key, torch.ones(1), default) == default
     assert [path.name for path in table.parent.iterdir()] == ["tuned.json"]
+
+
+def test_a_forced_configuration_holds_for_its_operation_within_its_block(table):
+    record("Some GPU", "rms_norm", "any", RowConfig(8, 2), table)
+    with force_config("rms_norm", RowConfig(16, 8)):
+        assert choose("rms_norm", "any", OnGpu, RowConfig(4, 4)) == RowConfig(16, 8)
+        assert choose("rms_norm", "any", torch.ones(1), RowConfig(4, 4)) == RowConfig(16, 8)
+        assert choose("sandwich", "any", OnGpu, RowConfig(4, 4)) == RowConfig(4, 4)
+    assert choose("rms_norm", "any", OnGpu, RowConfig(4, 4)) == RowConfig(8, 2)
 
 
 def test_an_entry_of_other_fields_is_refused_by_name(table):
