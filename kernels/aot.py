@@ -23,12 +23,11 @@ from pathlib import Path
 
 import torch
 import triton
+from blip3o_kernels.launch import assume_arch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from blip3o_kernels.launch import assume_arch
 
 OPS = ("rms_norm", "sandwich", "rope", "attention", "swiglu", "flow_loss")
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of one block, by architecture
@@ -148,19 +147,21 @@ def _variant(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str, ob
     signature, constexprs, divisible = [], [], []
     for parameter in kernel.params:
         value = bound[parameter.name]
-        kind = "constexpr" if parameter.is_constexpr else _type_of(value)
-        signature.append((parameter.name, kind))
-        if kind == "constexpr":
+        folded = parameter.is_constexpr or value is None or (_is_one(value) and not parameter.do_not_specialize)
+        signature.append((parameter.name, "constexpr" if folded else _type_of(value)))
+        if folded:
             constexprs.append((parameter.name, value))
-        elif _is_divisible(value):
+        elif _is_divisible(value) and not parameter.do_not_specialize:
             divisible.append(parameter.name)
     op = kernel.fn.__module__.rpartition(".")[2]
     return Variant(op, kernel.fn.__name__, tuple(signature), tuple(constexprs), tuple(divisible), **options)
 
 
+def _is_one(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value == 1
+
+
 def _type_of(value: object) -> str:
-    if value is None or (value == 1 and isinstance(value, int) and not isinstance(value, bool)):
-        return "constexpr"  # Triton folds absent tensors and unit strides into the code
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, float):

@@ -5,6 +5,7 @@ Each raises ValueError that begins with the argument's name and says what was ex
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -83,17 +84,44 @@ def check_qk_norm_rope(
     check_device("k", k, "q", q)
 
 
-def check_gqa_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """The arguments of `gqa_attention` on batches of one length."""
-    check_floating("q", q, dims=4)
-    check_floating("k", k, dims=4)
-    B, _, H, D = q.shape
-    if k.shape[0] != B or k.shape[3] != D or k.shape[2] == 0 or H % k.shape[2]:
-        raise ValueError(f"k: expected [{B}, Nk, Hkv, {D}] with Hkv dividing {H}, found {list(k.shape)}")
+def check_gqa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> None:
+    """The arguments of `gqa_attention`, of a dense batch or a packed one."""
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen)
+    packed = all(x is not None for x in packing)
+    if not packed and any(x is not None for x in packing):
+        raise ValueError("cu_seqlens_q, cu_seqlens_k and max_seqlen: give all three for a packed batch, or none")
+    dims, batch = (3, "") if packed else (4, f"{q.shape[0] if q.dim() else 0}, ")
+    check_floating("q", q, dims)
+    check_floating("k", k, dims)
+    *B, _, H, D = q.shape
+    if [*k.shape[:-3]] != B or k.shape[-1] != D or k.shape[-2] == 0 or H % k.shape[-2]:
+        raise ValueError(f"k: expected [{batch}Nk, Hkv, {D}] with Hkv dividing {H}, found {list(k.shape)}")
     check_shape("v", v, k.shape)
     for name, x in (("k", k), ("v", v)):
         check_dtype(name, x, "q", q)
         check_device(name, x, "q", q)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale: expected a positive number, found {scale}")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and max_seqlen is not None:
+        _check_packing(q, cu_seqlens_q, cu_seqlens_k, max_seqlen)
+
+
+def _check_packing(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen: int) -> None:
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if x.dtype != torch.int32 or x.dim() != 1 or x.shape[0] == 0:
+            raise ValueError(f"{name}: expected int32 of shape [B + 1], found {x.dtype} of shape {list(x.shape)}")
+        check_device(name, x, "q", q)
+    check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen: expected the length of the longest sample, found {max_seqlen}")
 
 
 def check_swiglu(gate: Tensor, up: Tensor) -> None:

@@ -5,6 +5,7 @@ All arithmetic is fp32 inside; an output has the dtype of its input, and paramet
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -110,25 +111,41 @@ def qk_norm_rope(
     return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps)
 
 
-def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def gqa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
     """`softmax(q kᵀ * scale) v` where `H / Hkv` query heads share a key head (Ainslie et al. 2023), unmasked.
 
-    Query head h reads key head `h // (H / Hkv)`.
+    Query head h reads key head `h // (H / Hkv)`. Samples of different lengths may be packed one behind the other; a
+    sample without keys gives zeros.
 
     Args:
-        q: `[B, Nq, H, D]`.  k, v: `[B, Nk, Hkv, D]`, H a multiple of Hkv.
-        scale: of the logits; None is `D ** -0.5`.
+        q: `[B, Nq, H, D]`; packed, `[Tq, H, D]`.
+        k, v: `[B, Nk, Hkv, D]`, H a multiple of Hkv; packed, `[Tk, Hkv, D]`.
+        scale: of the logits, positive; None is `D ** -0.5`.
+        cu_seqlens_q, cu_seqlens_k: `[B + 1]` int32, None for a dense batch: sample b is tokens `cu_seqlens[b]` up to
+            `cu_seqlens[b + 1]`, and the samples are all tokens.
+        max_seqlen: at least the most queries or keys of a sample, if packed.
 
     Returns:
-        `[B, Nq, H, D]`.
+        As q.
 
     Raises:
-        ValueError: naming the argument whose shape or dtype does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
     """
-    check_gqa_attention(q, k, v)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D], as views
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
+    check_gqa_attention(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen)
+    if cu_seqlens_q is None or cu_seqlens_k is None or max_seqlen is None:
+        return _dense_attention(q, k, v, scale)
+    lengths_q = _lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen)
+    lengths_k = _lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen)
+    samples = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    return torch.cat([q[:0], *(_dense_attention(*(x[None] for x in sample), scale)[0] for sample in samples)])
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -161,6 +178,22 @@ def flow_matching_loss(prediction: Tensor, target: Tensor) -> FlowLoss:
         dot = (prediction * target).sum(dim=-1)
         cosine = dot / (prediction_norm * target_norm).clamp_min(1e-12)
     return FlowLoss(mse, cosine.mean(dim=1), prediction_norm.mean(dim=1), target_norm.mean(dim=1))
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D], as views
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def _lengths(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[int]:
+    ends = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(ends)]
+    if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"{name}: expected to rise from 0 to {total}, the number of tokens, found {ends}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen: expected at least {max(lengths)}, by {name}, found {max_seqlen}")
+    return lengths
 
 
 def _normalized(x: Tensor, eps: float, gain: Tensor) -> Tensor:
