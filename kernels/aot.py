@@ -62,6 +62,10 @@ SHAPES = tuple(
     )
     for num_tokens in (256, 257)
 )
+WIDE_HEADS = (  # no preset has them, but the attention kernels take them, with other configurations
+    ModelShape("heads-of-96", 768, 8, 4, 3072, 257),
+    ModelShape("heads-of-128", 1024, 8, 4, 4096, 257),
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -74,8 +78,7 @@ class Variant:
     signature: tuple[tuple[str, str], ...]  # argument -> Triton type, "constexpr" among them
     constexprs: tuple[tuple[str, object], ...]
     divisible: tuple[str, ...]  # arguments known to be multiples of 16
-    num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, object], ...]  # num_warps, num_stages and what else the launch set
 
     @property
     def label(self) -> str:
@@ -100,17 +103,20 @@ class Usage:
         return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.arch] * 1024
 
 
-def shipped_variants(arch: int, shapes: tuple[ModelShape, ...] = SHAPES) -> list[Variant]:
-    """The distinct variants of all ops at these shapes and every dtype, in the order of their first launch."""
-    variants: dict[Variant, None] = {}
+def shipped_variants(
+    arch: int,
+    shapes: tuple[ModelShape, ...] = SHAPES + WIDE_HEADS,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    ops: tuple[str, ...] = OPS,
+) -> list[Variant]:
+    """The distinct variants of these operations, in the order of their first launch."""
     with assume_arch(arch), record_launches() as recorded:
-        for op in OPS:
+        for op in ops:
             module = importlib.import_module(f"blip3o_kernels.{op}")
             for shape in shapes:
-                for dtype in DTYPES:
+                for dtype in dtypes:
                     module.launches(shape, dtype)
-        variants.update(dict.fromkeys(recorded))
-    return list(variants)
+    return list(dict.fromkeys(recorded))
 
 
 @contextlib.contextmanager
@@ -134,16 +140,16 @@ def compile_variant(arch: int, variant: Variant) -> Usage:
     names = kernel.arg_names
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
     source = ASTSource(kernel, dict(variant.signature), dict(variant.constexprs), attrs)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
     registers, stack = _resources(compiled.asm["cubin"])
     return Usage(arch, variant, registers, stack, compiled.metadata.shared)
 
 
 def _variant(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str, object]) -> Variant:
     """The specialisation that Triton's launcher would choose for these arguments."""
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    bound = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    arguments = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    bound = inspect.signature(kernel.fn).bind(*args, **arguments).arguments
     signature, constexprs, divisible = [], [], []
     for parameter in kernel.params:
         value = bound[parameter.name]
@@ -154,7 +160,9 @@ def _variant(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str, ob
         elif _is_divisible(value) and not parameter.do_not_specialize:
             divisible.append(parameter.name)
     op = kernel.fn.__module__.rpartition(".")[2]
-    return Variant(op, kernel.fn.__name__, tuple(signature), tuple(constexprs), tuple(divisible), **options)
+    return Variant(
+        op, kernel.fn.__name__, tuple(signature), tuple(constexprs), tuple(divisible), tuple(options.items())
+    )
 
 
 def _is_one(value: object) -> bool:
@@ -210,8 +218,10 @@ def print_table(usages: list[Usage]) -> None:
     write = sys.stdout.write
     write(row.format("arch", "kernel", "variant", "warps", "stages", "registers", "spilled", "shared", "") + "\n")
     for u in usages:
-        v, verdict = u.variant, "" if u.fits else "DOES NOT FIT"
-        columns = (f"sm_{u.arch}", v.kernel, v.label, v.num_warps, v.num_stages, u.registers, u.spilled, u.shared)
+        options, verdict = dict(u.variant.options), "" if u.fits else "DOES NOT FIT"
+        name = f"{u.variant.op}.{u.variant.kernel.strip('_')}"
+        launch = options.get("num_warps", "-"), options.get("num_stages", "-")
+        columns = (f"sm_{u.arch}", name, u.variant.label, *launch, u.registers, u.spilled, u.shared)
         write(row.format(*columns, verdict).rstrip() + "\n")
     misfits = sum(not u.fits for u in usages)
     write(f"{len(usages)} variants compiled, {misfits} spill or exceed shared memory\n")

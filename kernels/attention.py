@@ -403,6 +403,7 @@ def _constants(q: Tensor, k: Tensor, config: AttentionConfig) -> dict[str, Any]:
         "PRECISION": "tf32x3",  # of fp32 alone: three products in tf32, nearly as exact as one in fp32
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "enable_fp_fusion": True,  # multiply and add as one; the default changes with Triton's version
     }
 
 
