@@ -98,11 +98,12 @@ def check_gqa_attention(
     packed = all(x is not None for x in packing)
     if not packed and any(x is not None for x in packing):
         raise ValueError("cu_seqlens_q, cu_seqlens_k and max_seqlen: give all three for a packed batch, or none")
-    dims, batch = (3, "") if packed else (4, f"{q.shape[0] if q.dim() else 0}, ")
+    dims = 3 if packed else 4
     check_floating("q", q, dims)
     check_floating("k", k, dims)
     *B, _, H, D = q.shape
     if [*k.shape[:-3]] != B or k.shape[-1] != D or k.shape[-2] == 0 or H % k.shape[-2]:
+        batch = "" if packed else f"{q.shape[0]}, "  # here, as torch.compile compiles anew for a size that is printed
         raise ValueError(f"k: expected [{batch}Nk, Hkv, {D}] with Hkv dividing {H}, found {list(k.shape)}")
     check_shape("v", v, k.shape)
     for name, x in (("k", k), ("v", v)):
