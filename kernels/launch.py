@@ -131,7 +131,7 @@ def choose(op: str, shape_class: str, x: Tensor, default: C) -> C:
         ValueError: the entry of `tuned.json` does not have the fields of `default`.
     """
     if op in _forced:
-        return _forced[op]
+        return default if _forced[op] is None else _forced[op]
     if not x.is_cuda:
         return default
     entry = tuned_table(TUNED_PATH).get(gpu_name(x.device.index), {}).get(op, {}).get(shape_class)
@@ -139,8 +139,8 @@ def choose(op: str, shape_class: str, x: Tensor, default: C) -> C:
 
 
 @contextmanager
-def force_config(op: str, config: Any) -> Iterator[None]:
-    """Within this block `op` is launched with `config`, whatever the table and the rule say; for a search."""
+def force_config(op: str, config: Any | None) -> Iterator[None]:
+    """Within this block `op` is launched with `config`, or for None as the rule says; the table is not asked."""
     _forced[op] = config
     try:
         yield
@@ -172,11 +172,16 @@ def shape_class(dtype: torch.dtype, **sizes: int) -> str:
     return " ".join([str(dtype).removeprefix("torch."), *(f"{letter}={size}" for letter, size in sizes.items())])
 
 
-def record(gpu: str, op: str, shape_class: str, config: Any, path: Path = TUNED_PATH) -> None:
-    """Keep a measured configuration in the table, replacing an earlier one; the file is renamed into place."""
+def record(gpu: str, op: str, shape_class: str, config: Any | None, path: Path = TUNED_PATH) -> None:
+    """Keep a measured configuration in the table in place of an earlier one, or none where the rule is best.
+
+    The file is renamed into place.
+    """
     table = dict(tuned_table(path))
     operations = dict(table.get(gpu, {}))
-    operations[op] = {**operations.get(op, {}), shape_class: asdict(config)}
+    operations[op] = {key: entry for key, entry in operations.get(op, {}).items() if key != shape_class}
+    if config is not None:
+        operations[op][shape_class] = asdict(config)
     table[gpu] = operations
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

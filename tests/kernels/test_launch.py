@@ -66,7 +66,17 @@ def test_a_forced_configuration_holds_for_its_operation_within_its_block(table):
         assert choose("rms_norm", "any", OnGpu, RowConfig(4, 4)) == RowConfig(16, 8)
         assert choose("rms_norm", "any", torch.ones(1), RowConfig(4, 4)) == RowConfig(16, 8)
         assert choose("sandwich", "any", OnGpu, RowConfig(4, 4)) == RowConfig(4, 4)
+    with force_config("rms_norm", None):
+        assert choose("rms_norm", "any", OnGpu, RowConfig(4, 4)) == RowConfig(4, 4)
     assert choose("rms_norm", "any", OnGpu, RowConfig(4, 4)) == RowConfig(8, 2)
+
+
+def test_recording_nothing_gives_the_class_back_to_the_rule(table):
+    for key in ("any", "other"):
+        record("Some GPU", "rms_norm", key, RowConfig(8, 2), table)
+    record("Some GPU", "rms_norm", "any", None, table)
+    assert choose("rms_norm", "any", OnGpu, RowConfig(4, 4)) == RowConfig(4, 4)
+    assert choose("rms_norm", "other", OnGpu, RowConfig(4, 4)) == RowConfig(8, 2)
 
 
 def test_an_entry_of_other_fields_is_refused_by_name(table):
