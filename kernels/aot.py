@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 OPS = ("rms_norm", "sandwich", "rope", "attention", "swiglu", "flow_loss")
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of one block, by architecture
+EXTENTS = {"H", "HKV", "G", "D"}  # constants that only count or stride; blocks and widths are chosen from them
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
@@ -81,6 +82,13 @@ class Variant:
     options: tuple[tuple[str, object], ...]  # num_warps, num_stages and what else the launch set
 
     @property
+    def configuration(self) -> tuple[object, ...]:
+        """The kernel, its dtypes, and all that a rule has chosen for it."""
+        dtypes = tuple(kind for _, kind in self.signature if kind.startswith("*"))
+        chosen = tuple((name, value) for name, value in self.constexprs if name.isupper() and name not in EXTENTS)
+        return self.op, self.kernel, dtypes, self.options, chosen
+
+    @property
     def label(self) -> str:
         """The dtypes it reads and the constants that are not strides, as `bf16 BLOCK=64`."""
         dtypes = dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*"))
@@ -117,6 +125,14 @@ def shipped_variants(
                 for dtype in dtypes:
                     module.launches(shape, dtype)
     return list(dict.fromkeys(recorded))
+
+
+def one_of_each_configuration(variants: list[Variant]) -> list[Variant]:
+    """The first variant of every configuration."""
+    first: dict[tuple[object, ...], Variant] = {}
+    for variant in variants:
+        first.setdefault(variant.configuration, variant)
+    return list(first.values())
 
 
 @contextlib.contextmanager
@@ -202,15 +218,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m blip3o_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--brief", action="store_true", help="one variant of each configuration, and no fp16")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
 
-    work = [(arch, variant) for arch in options.arch for variant in shipped_variants(arch)]
+    work = [(arch, variant) for arch in options.arch for variant in _chosen_variants(arch, options.brief)]
     with ProcessPoolExecutor(options.jobs) as pool:
         usages = list(pool.map(compile_variant, *zip(*work, strict=True)))
     print_table(usages)
     return 0 if all(usage.fits for usage in usages) else 1
+
+
+def _chosen_variants(arch: int, brief: bool) -> list[Variant]:
+    if not brief:
+        return shipped_variants(arch)
+    # fp16 has bf16's sizes, rules and instructions
+    return one_of_each_configuration(shipped_variants(arch, dtypes=(torch.bfloat16, torch.float32)))
 
 
 def print_table(usages: list[Usage]) -> None:
