@@ -187,7 +187,7 @@ def forward_rule(rows: int, D: int) -> RowConfig:
 
 def backward_rule(rows: int, D: int) -> SumConfig:
     """The default configuration of the backward kernel, which holds two tiles and their sum."""
-    return sum_config(rows, D, elements_per_thread=16)
+    return sum_config(rows, D, elements_per_thread=8, tile=2048)
 
 
 def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
