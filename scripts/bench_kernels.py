@@ -82,10 +82,9 @@ def run_benchmark(options: argparse.Namespace) -> int:
     rates = measure_rates(timer)
     print(f"measured: copy {rates.copy / 1e9:.0f} GB/s, bf16 matmul {rates.matmul / 1e12:.0f} TFLOP/s", flush=True)
     rounds = 5 if options.quick else 15
+    folder = options.out or RESULTS / report.slug(machine["gpu"])
     measured_steps = train_step.time_steps(step_presets, timer, rates, rounds) if step_presets else []
     results = run_cases(cases, timer, rates, rounds=rounds, deadline=deadline)
-
-    folder = options.out or RESULTS / report.slug(machine["gpu"])
     report.write_report(folder, machine, rates, results, measured_steps)
     print(report.table(results.rows))
     print(report.step_table(measured_steps))

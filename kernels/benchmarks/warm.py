@@ -10,7 +10,6 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ def run_in_processes(calls: list[Call], jobs: int | None = None) -> None:
 
 def calls_of(cases: list[Case]) -> list[Call]:
     """Compile the first case of every group that shares a compilation."""
-    groups = groupby(cases, lambda case: (case.workload, case.shape.name, case.dtype))
-    firsts = {key: next(group) for key, group in groups}
+    firsts: dict[tuple[str, str, str], Case] = {}
+    for case in cases:
+        firsts.setdefault((case.workload, case.shape.name, case.dtype), case)
     return [(compile_case, (case,)) for case in firsts.values()]
 
 

@@ -1,12 +1,14 @@
 """The benchmark's own code, on made-up times: what it counts, times, leaves out, writes and prints."""
 
 import csv
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -304,3 +306,86 @@ def test_what_matters_most_is_timed_first():
     assert presets == sorted(presets, key=lambda p: p not in ("base", "large"))
     quick = bench.planned_cases(bench.parse(["--quick"]))
     assert len(quick) == 4 * len(WORKLOADS)
+
+
+def small_dit():
+    from blip3o_ds.config import ModelConfig
+
+    return ModelConfig(
+        eva_dim=10, clip_dim=6, grid_size=2, hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=72,
+        timestep_embed_dim=16,
+    )  # fmt: skip
+
+
+def test_the_timed_step_trains_with_either_provider_and_updates_what_the_model_reads():
+    train_step = script("train_step")
+    curves = []
+    for mode in train_step.MODES.values():
+        step = train_step.TrainStep(small_dit(), 2, mode, device=DEVICE, compiled=False)
+        before = [master.clone() for master in step.masters]
+        curves.append([step().item() for _ in range(3)])
+        assert all(not torch.equal(*pair) for pair in zip(before, step.masters, strict=True))
+        assert all(torch.equal(w, m.to(w.dtype)) for w, m in zip(step.weights, step.masters, strict=True))
+        assert step.model.rope.cos.dtype == torch.float32
+    assert curves[0] == pytest.approx(curves[1], rel=2e-2)
+    assert curves[1][-1] < curves[1][0]
+
+
+def test_steps_are_compared_in_turn_and_their_share_is_of_the_matmul_rate(monkeypatch):
+    from blip3o_ds.planning.flops import train_flops_per_sample
+
+    train_step = script("train_step")
+    monkeypatch.setattr(train_step, "get_blip3o_clip_config", lambda preset: small_dit())
+    monkeypatch.setattr(train_step, "TrainStep", partial(train_step.TrainStep, device=DEVICE, compiled=False))
+    monkeypatch.setattr(train_step, "peak_memory", lambda run: 2**20)
+    monkeypatch.setattr(train_step, "BATCHES", {"base": 2})
+    steps = train_step.time_steps(["base"], lambda task: 0.5, RATES, rounds=3)
+    assert [step.provider for step in steps] == [OURS, "pytorch"]
+    assert steps[0].samples_per_s == 4
+    assert steps[0].mfu == pytest.approx(2 * train_flops_per_sample(small_dit()) / 0.5 / RATES.matmul)
+
+
+def test_the_script_writes_and_prints_what_it_measured(tmp_path, monkeypatch, capsys):
+    """All of the script but the GPU: its clock, its rates and its name are made up."""
+    cases = [Case("sandwich", replace(TINY, name="base-2", batch_size=B), "bf16", sweep=True) for B in (1, 2)]
+    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
+    bench, train_step = script("bench_kernels"), importlib.import_module("train_step")
+    compiled = []
+    package = "blip3o_kernels.benchmarks"
+    for target, value in {
+        f"{package}.machine.describe": lambda command, commit: {**MACHINE, "commit": commit},
+        f"{package}.measure.CudaTimer": fake_timer,
+        f"{package}.measure.measure_rates": lambda timer: RATES,
+        f"{package}.warm.run_in_processes": lambda calls, jobs: compiled.extend(calls),
+        f"{package}.runner.run_cases": lambda cases, *_, **__: run(cases),
+    }.items():
+        monkeypatch.setattr(target, value)
+    monkeypatch.setattr(train_step, "time_steps", lambda presets, *_: made_up()[1])
+    monkeypatch.setattr(bench, "planned_cases", lambda options: cases)
+
+    assert bench.run_benchmark(bench.parse(["--out", str(tmp_path), "--preset", "base", "--commit", "abc"])) == 0
+    assert [arguments for _, arguments in compiled] == [("base", OURS), ("base", "pytorch"), (cases[0],)]
+    assert json.loads((tmp_path / "results.json").read_text())["machine"]["commit"] == "abc"
+    assert (tmp_path / "sandwich_bf16.png").exists()
+    printed = capsys.readouterr().out
+    assert "copy 1000 GB/s" in printed
+    assert "train step base" in printed
+    assert "train step, base: times PyTorch's" in printed
+
+
+def test_one_command_runs_the_stages_in_order_within_eight_minutes(tmp_path):
+    command = ["scripts/gpu_check.sh", "--dry-run", "--out", str(tmp_path), "--commit", "abc"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    stages = [line for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert [line.split()[1] for line in stages] == ["tests", "tune", "bench"]
+    assert sum(int(line.split("at most ")[1].split()[0]) for line in stages) <= 480
+    assert stages[2].endswith(f"--out {tmp_path} --commit abc")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script runs")
+def test_without_a_gpu_the_one_command_refuses():
+    done = subprocess.run(["scripts/gpu_check.sh"], capture_output=True, text=True, cwd=PROJECT, timeout=120)
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr

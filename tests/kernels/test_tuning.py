@@ -153,6 +153,25 @@ def script():
     return module
 
 
+def test_the_script_writes_under_the_name_of_the_gpu(tmp_path, monkeypatch, capsys):
+    """All of the script but the GPU: its name and its clock are made up."""
+    tuner = script()
+    monkeypatch.setattr(tuner, "obstacle", lambda: None)
+    monkeypatch.setattr(tuner, "gpu_name", lambda index: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tuner, "searches", lambda *_: [search()])
+    monkeypatch.setattr(tuner, "run_in_processes", lambda calls, jobs: None)
+    monkeypatch.setattr(
+        "blip3o_kernels.benchmarks.measure.CudaTimer", lambda: timer({None: 2.0, A: 3.0, B: 1.0, C: 4.0})
+    )
+    monkeypatch.setattr(tuner, "tune", lambda *inputs, **options: tune(*inputs, **{**options, "device": DEVICE}))
+
+    assert tuner.main(["--out", str(tmp_path / "table.json")]) == 0
+    assert json.loads((tmp_path / "table.json").read_text())["Some GPU"]["rms_norm"]
+    assert "2.00 times the rule's speed" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script searches")
 def test_without_a_gpu_the_script_refuses(capsys):
     assert script().main([]) == 1
