@@ -16,9 +16,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["blip3o_ds", "blip3o_ds.*"]), "blip3o_kernels"],
+    packages=[
+        *find_packages(include=["blip3o_ds", "blip3o_ds.*"]),
+        *("blip3o_kernels", "blip3o_kernels.benchmarks"),
+    ],
     package_dir={"blip3o_kernels": "kernels"},
-    package_data={"blip3o_ds": ["presets/*.yaml"]},
+    package_data={"blip3o_ds": ["presets/*.yaml"], "blip3o_kernels": ["tuned.json"]},
     entry_points={"console_scripts": ["blip3o-ds = blip3o_ds.cli:main"]},
     install_requires=[
         "torch>=2.11",
