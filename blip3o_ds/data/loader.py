@@ -135,6 +135,7 @@ class EmbeddingLoader:
     def _read_step(self, position: int, pool: ThreadPoolExecutor) -> list[Batch]:
         share = self._micro_batch_size * self._accumulation
         start = position + self._rank * share
+        self._dataset.prefetch(self._order.shards_near(start))
         places = self._order.slice(start, start + share)
         cuts = range(0, share, self._micro_batch_size)
         return [

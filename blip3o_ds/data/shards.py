@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_ds.data.cache import CacheFull
 from blip3o_ds.data.codec import decode, has_nonfinite, parse_header, read_dtype
 from blip3o_ds.data.index import ShardIndex, check_tar_size, index_path
-from blip3o_ds.data.schema import MANIFEST_NAME, DatasetSpec, Manifest, ShardInfo, TokenLayout
+from blip3o_ds.data.schema import MANIFEST_NAME, DatasetSpec, ShardInfo, TokenLayout
+from blip3o_ds.data.source import ShardFile, load_manifest, open_source, shards_location
 from blip3o_ds.data.writer import DatasetWriter
 from blip3o_ds.errors import DataError
 
 __all__ = ["DatasetWriter", "EmbeddingDataset", "Sample", "ShardReader"]
 
 _OPEN_SHARDS = 64  # a window of the order is 16 shards; the next one opens while this one is still in use
+_CACHE_WAIT_SECONDS = 60.0  # for other processes of the node to let go of shards in a full cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,40 +119,67 @@ class ShardReader:
         return torch.from_numpy(np.frombuffer(self._map, np.uint8, count, start).copy())
 
 
-class EmbeddingDataset:
-    """A dataset folder opened for reading by (shard, index); shards open on first use. Safe for several threads.
+@dataclass(frozen=True, eq=False)
+class _OpenShard:
+    reader: ShardReader
+    rows: np.ndarray | None  # of a split: its samples' places in the shard
+    file: ShardFile  # keeps a cached shard from being evicted
 
-    `max_shards` and `max_samples` keep only the first of each. `token_layout="patch_only"` reads a `cls_patch`
-    dataset without token 0 (the manifest's statistics still include it). Raises DataError for a missing or
-    incomplete folder.
+
+class EmbeddingDataset:
+    """A dataset opened for reading by (shard, index); shards open on first use. Safe for several threads.
+
+    `location` is a folder, a URL (`https://`, `s3://`, `gs://`, …) or `pipe:COMMAND {name}`; shards that are not on a
+    file system are kept in at most `cache_gb` GiB of `cache_dir` (see `ShardCache`). Opening reads the manifest alone,
+    however many shards there are. `max_shards` and `max_samples` keep only the first of each.
+    `token_layout="patch_only"` reads a `cls_patch` dataset without token 0 (the manifest's statistics still include
+    it). Raises DataError: here for a missing or wrong manifest, on reading for a missing or damaged shard.
     """
 
     def __init__(
         self,
-        dataset_dir: str | Path,
+        location: str | Path,
         max_shards: int | None = None,
         max_samples: int | None = None,
         token_layout: TokenLayout | None = None,
+        cache_dir: str | Path | None = None,
+        cache_gb: float = 100.0,
     ) -> None:
         for name, limit in (("max_shards", max_shards), ("max_samples", max_samples)):
             if limit is not None and limit < 1:
                 raise DataError(f"{name} must be at least 1, found {limit}")
-        self.path = Path(dataset_dir)
-        self.manifest = Manifest.load(self.path)
+        self.location = str(location)
+        self.manifest = load_manifest(location)
+        self._source = open_source(shards_location(location, self.manifest), cache_dir, cache_gb)
         self.spec = self.manifest.spec.viewed_as(token_layout)
         self.dtype = read_dtype(self.spec.dtype)
         shards = self.manifest.shards[:max_shards]
         self.shard_sizes = _truncated([shard.num_samples for shard in shards], max_samples)
         if not self.shard_sizes:
-            raise DataError(f"{self.path / MANIFEST_NAME}: the dataset holds no samples")
+            raise DataError(f"{location}: the dataset's {MANIFEST_NAME} lists no samples")
         self._skip_tokens = self.manifest.spec.num_tokens - self.spec.num_tokens
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._num_samples = sum(self.shard_sizes)
+        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._opening: dict[int, threading.Lock] = {}
+        self._max_open = _OPEN_SHARDS
         self._lock = threading.Lock()
-        for shard in shards[: len(self.shard_sizes)]:
-            check_tar_size(self.path / shard.name, shard.num_bytes)
 
     def __len__(self) -> int:
-        return sum(self.shard_sizes)
+        return self._num_samples
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """These shards are read now and next: fetch the ones of a URL in the background, and close all others."""
+        with self._lock:
+            self._max_open = max(_OPEN_SHARDS, len(shards))
+            for shard in self._open_shards.keys() - set(shards):
+                del self._open_shards[shard]
+        self._source.keep([self.manifest.shards[shard] for shard in shards])
+
+    def close(self) -> None:
+        """Let go of all shards and end the reading ahead."""
+        self._source.close()
+        with self._lock:
+            self._open_shards.clear()
 
     def read(self, shard: int, index: int) -> Sample:
         """Sample `index` of shard number `shard`: `eva` [N, eva_dim], `clip` [N, clip_dim] of `spec`."""
@@ -158,37 +189,63 @@ class EmbeddingDataset:
 
     def read_into(self, shard: int, index: int, eva: Tensor, clip: Tensor) -> str:
         """Copy a sample into contiguous CPU tensors of `dtype`, such as a batch's rows; returns its key."""
-        return self._reader(shard, index).read_into(index, eva, clip, self._skip_tokens)
+        reader, row = self._locate(shard, index)
+        return reader.read_into(row, eva, clip, self._skip_tokens)
 
     def meta(self, shard: int, index: int) -> dict[str, Any]:
         """What came with the sample: caption and other fields."""
-        return self._reader(shard, index).meta(index)
+        reader, row = self._locate(shard, index)
+        return reader.meta(row)
 
     def key(self, shard: int, index: int) -> str:
-        return self._reader(shard, index).keys[index]
+        reader, row = self._locate(shard, index)
+        return reader.keys[row]
 
-    def _reader(self, shard: int, index: int) -> ShardReader:
+    def _locate(self, shard: int, index: int) -> tuple[ShardReader, int]:
+        """The reader of a shard, and the sample's place in it."""
         if not 0 <= index < self.shard_sizes[shard]:
             raise IndexError(f"sample {index} of shard {shard}, which has {self.shard_sizes[shard]}")
         with self._lock:
-            reader = self._readers.pop(shard, None) or self._open(shard)
-            self._readers[shard] = reader
-            # Only the reference goes: a thread still reading keeps the map alive until it is done.
-            if len(self._readers) > _OPEN_SHARDS:
-                self._readers.popitem(last=False)
-        return reader
+            opened = self._open_shards.get(shard)
+            if opened is not None:
+                self._open_shards.move_to_end(shard)
+                return opened.reader, index if opened.rows is None else int(opened.rows[index])
+            opening = self._opening.setdefault(shard, threading.Lock())
+        with opening:  # one thread opens it, perhaps over the network, and holds up those alone who want the same
+            if shard not in self._open_shards:
+                opened = self._open(shard)
+                with self._lock:
+                    self._open_shards[shard] = opened
+                    self._opening.pop(shard, None)
+                    # Only the reference goes: a thread still reading keeps the map alive until it is done.
+                    if len(self._open_shards) > self._max_open:
+                        self._open_shards.popitem(last=False)
+        return self._locate(shard, index)
 
-    def _open(self, shard: int) -> ShardReader:
+    def _open(self, shard: int) -> _OpenShard:
         info = self.manifest.shards[shard]
-        reader = ShardReader(self.path / info.name)
-        found = ShardInfo(info.name, len(reader), reader.index.num_bytes, reader.index.sha256)
+        file = self._fetch(info)
+        reader = ShardReader(file.path)
+        selection = self.manifest.selection
+        rows = None if selection is None else selection.rows(reader.keys)
+        count = len(reader) if rows is None else len(rows)
+        found = ShardInfo(info.name, count, reader.index.num_bytes, reader.index.sha256)
         if found != info or reader.spec != self.manifest.spec:
             raise DataError(
-                f"{reader.path}: its index does not belong to {MANIFEST_NAME} (the index says {found.num_samples} "
-                f"samples in {found.num_bytes} bytes, the manifest {info.num_samples} in {info.num_bytes}); "
-                "copy the dataset again, whole"
+                f"{reader.path}: its index does not belong to the {MANIFEST_NAME} of {self.location} (the index says "
+                f"{found.num_samples} samples in {found.num_bytes} bytes, the manifest {info.num_samples} in "
+                f"{info.num_bytes}); "
+                + ("copy the dataset again, whole" if selection is None else "split the dataset again")
             )
-        return reader
+        return _OpenShard(reader, rows, file)
+
+    def _fetch(self, info: ShardInfo) -> ShardFile:
+        try:
+            return self._source.open(info)
+        except CacheFull:
+            with self._lock:
+                self._open_shards.clear()  # they hold the cache's room, and are opened again when they are needed
+            return self._source.open(info, wait_seconds=_CACHE_WAIT_SECONDS)
 
 
 def _truncated(sizes: list[int], max_samples: int | None) -> list[int]:
@@ -196,10 +253,10 @@ def _truncated(sizes: list[int], max_samples: int | None) -> list[int]:
         return sizes
     kept: list[int] = []
     for size in sizes:
-        left = max_samples - sum(kept)
-        if left <= 0:
+        if max_samples <= 0:
             break
-        kept.append(min(size, left))
+        kept.append(min(size, max_samples))
+        max_samples -= size
     return kept
 
 

@@ -278,8 +278,10 @@ def test_a_dataset_without_samples_is_refused(tmp_path, spec):
 def test_a_truncated_shard_is_refused_by_name(dataset_dir):
     path = dataset_dir(6) / "shard_00001.tar"
     path.write_bytes(path.read_bytes()[:-512])
+    dataset = EmbeddingDataset(path.parent)
+    dataset.read(0, 0)
     with pytest.raises(DataError, match=r"shard_00001\.tar has .* bytes, expected .*truncated"):
-        EmbeddingDataset(path.parent)
+        dataset.read(1, 0)
     with pytest.raises(DataError, match=r"shard_00001\.tar has"):
         ShardReader(path)
 
@@ -338,4 +340,4 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(dataset_dir, samples
     for _ in range(2):
         for i, (_, eva, _, _) in enumerate(samples(10)):
             assert torch.equal(dataset.read(i, 0).eva, eva.bfloat16())
-    assert len(dataset._readers) == 2
+    assert len(dataset._open_shards) == 2
