@@ -1,11 +1,13 @@
 """The index beside a shard, `shard_00000.tar.idx`: where each sample lies in the tar, and the shard's statistics.
 
-It is a safetensors file of int64 offsets from the start of the tar, so opening it parses nothing per sample. It is
-written after the tar: a shard counts as complete only when its index is there and names the tar's size.
+It is a safetensors file of int64 offsets from the start of the tar, so opening it parses nothing per sample; a digest
+in it covers all of its content. It is written after the tar: a shard counts as complete only when its index is there
+and names the tar's size.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +27,7 @@ from blip3o_ds.files import atomic_write_bytes
 # All metadata sits under one name: safetensors writes its metadata map in no fixed order, and equal content must
 # give equal bytes.
 _METADATA_KEY = "blip3o_ds_index"
+_METADATA = ("format_version", "num_samples", "num_bytes", "sha256", "spec", "digest")
 _MEMBERS = ("tensors_offset", "tensors_size", "meta_offset", "meta_size")
 
 
@@ -78,6 +81,7 @@ class ShardIndex:
             "sha256": self.sha256,
             "spec": self.spec.to_dict(),
         }
+        metadata["digest"] = _digest(metadata, arrays)
         text = json.dumps(metadata, sort_keys=True)
         atomic_write_bytes(path, safetensors.numpy.save(arrays, {_METADATA_KEY: text}))
 
@@ -90,6 +94,11 @@ class ShardIndex:
                 f"{path}: format_version is {metadata.get('format_version')!r}, this version reads "
                 f"{FORMAT_VERSION}; write the dataset again"
             )
+        if unknown := sorted(set(metadata) - set(_METADATA)):
+            raise DataError(f"{path}: field {unknown[0]!r} is unknown; copy or write this shard again")
+        # A set that was begun before there were digests has none.
+        if metadata.get("digest", found := _digest(metadata, arrays)) != found:
+            raise DataError(f"{path}: its content does not match its digest; copy or write this shard again")
         spec = DatasetSpec.from_dict(metadata.get("spec"), path)
         try:
             index = ShardIndex(
@@ -119,6 +128,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise DataError(f"{path} is missing: its shard is incomplete; copy or write it again") from error
     except (KeyError, ValueError, safetensors.SafetensorError) as error:
         raise DataError(f"{path} is not a shard index ({error}); copy or write this shard again") from error
+
+
+def _digest(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    rest = {name: value for name, value in metadata.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def _split(content: bytes, offsets: list[int]) -> list[str]:

@@ -341,3 +341,12 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(dataset_dir, samples
         for i, (_, eva, _, _) in enumerate(samples(10)):
             assert torch.equal(dataset.read(i, 0).eva, eva.bfloat16())
     assert len(dataset._open_shards) == 2
+
+
+def test_any_flipped_byte_of_an_index_is_noticed(dataset_dir):
+    path = dataset_dir(4) / "shard_00000.tar.idx"
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x01]) + content[place + 1 :])
+        with pytest.raises(DataError, match=r"shard_00000\.tar\.idx"):
+            ShardReader(path.with_suffix(""))
