@@ -104,14 +104,14 @@ def _add_inference(commands: Any) -> None:
     p = _command(commands, "eval", run_eval, "generate on a dataset and measure, beside two baselines")
     p.add_argument("model", metavar="RUN_OR_EXPORT", type=Path)
     p.add_argument(
-        "--data", required=True, action="append", type=Path, metavar="DIR", help="may be given several times"
+        "--data", required=True, action="append", metavar="DIR", help="folder or URL; may be given several times"
     )
     p.add_argument("--max_samples", type=int, metavar="N")
     p.add_argument("--plot", type=Path, metavar="PNG", help="also draw the result")
     _add_sampler(p)
     p = _command(commands, "generate", run_generate, "write generated embeddings as a dataset")
     p.add_argument("model", metavar="RUN_OR_EXPORT", type=Path)
-    p.add_argument("--data", required=True, type=Path, metavar="DIR")
+    p.add_argument("--data", required=True, metavar="DIR", help="folder or URL")
     p.add_argument("--out", required=True, type=Path, metavar="DST")
     _add_sampler(p)
     p = _command(commands, "export", run_export, "turn a run's checkpoint into a folder for DiT.from_pretrained")
@@ -145,7 +145,6 @@ def _load(args: argparse.Namespace) -> tuple[Any, SamplerConfig, int, Any]:
 
 
 def run_eval(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.shards import EmbeddingDataset
     from blip3o_ds.evaluation.plots import plot_evaluation
     from blip3o_ds.evaluation.report import evaluate, format_table
 
@@ -154,8 +153,8 @@ def run_eval(args: argparse.Namespace) -> dict:
         raise DataError(f"{args.model}: baselines.safetensors is missing, and no score is given without its baselines")
     results = {}
     for folder in args.data:
-        dataset = EmbeddingDataset(folder, token_layout=loaded.config.model.token_layout)
-        results[folder.name] = evaluate(
+        dataset = _open_dataset(folder, loaded.config)
+        results[Path(folder).name] = evaluate(
             loaded.model,
             loaded.flow,
             loaded.normalizer,
@@ -177,12 +176,20 @@ def run_eval(args: argparse.Namespace) -> dict:
     }
 
 
-def run_generate(args: argparse.Namespace) -> dict:
+def _open_dataset(location: str, config: Any) -> Any:
     from blip3o_ds.data.shards import EmbeddingDataset
+
+    data = config.data
+    return EmbeddingDataset(
+        location, token_layout=config.model.token_layout, cache_dir=data.cache_dir, cache_gb=data.cache_gb
+    )
+
+
+def run_generate(args: argparse.Namespace) -> dict:
     from blip3o_ds.evaluation.generate import generate
 
     loaded, sampler, batch_size, device = _load(args)
-    dataset = EmbeddingDataset(args.data, token_layout=loaded.config.model.token_layout)
+    dataset = _open_dataset(args.data, loaded.config)
     return generate(
         loaded.model,
         loaded.flow,

@@ -200,10 +200,12 @@ def open_train_data(config: RunConfig) -> EmbeddingDataset:
     if config.data.train_dir is None:
         raise ConfigError("data.train_dir is not set; give --chunked_embeddings_dir DIR, a folder with a manifest.json")
     dataset = EmbeddingDataset(
-        Path(config.data.train_dir),
+        config.data.train_dir,
         max_shards=config.data.max_shards,
         max_samples=config.train.overfit_test_size,
         token_layout=config.model.token_layout,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
     )
     check_dims(config, dataset, config.data.train_dir)
     wanted = config.train.overfit_test_size
@@ -238,7 +240,12 @@ def open_eval_data(config: RunConfig, train_data: EmbeddingDataset) -> dict[str,
         name = Path(folder).name
         if name in splits:
             raise ConfigError(f"data.eval_dirs: two folders are named {name}, and metrics go by the name")
-        splits[name] = EmbeddingDataset(Path(folder), token_layout=config.model.token_layout)
+        splits[name] = EmbeddingDataset(
+            folder,
+            token_layout=config.model.token_layout,
+            cache_dir=config.data.cache_dir,
+            cache_gb=config.data.cache_gb,
+        )
         check_dims(config, splits[name], folder)
     if splits:
         return splits
