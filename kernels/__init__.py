@@ -4,6 +4,7 @@ The model calls the functions of this package and does not know how they are com
 plain PyTorch.
 """
 
+from blip3o_kernels.dequantize import dequantize_fp8
 from blip3o_kernels.reference import (
     FlowLoss,
     flow_matching_loss,
@@ -16,6 +17,7 @@ from blip3o_kernels.reference import (
 
 __all__ = [
     "FlowLoss",
+    "dequantize_fp8",
     "flow_matching_loss",
     "gqa_attention",
     "qk_norm_rope",

@@ -175,6 +175,33 @@ def flow_matching_loss(prediction: Tensor, target: Tensor) -> FlowLoss:
     return FlowLoss(mse, cosine.mean(dim=1), prediction_norm.mean(dim=1), target_norm.mean(dim=1))
 
 
+def dequantize_fp8(stored: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`stored * scale` per token: embeddings kept as fp8 (e4m3, Micikevicius et al. 2022) with a scale for each token.
+
+    Args:
+        stored: `[..., D]`, float8_e4m3fn or the same bytes as uint8.
+        scale: `[...]`, fp32.
+        dtype: of the result; the product is fp32 and rounded once.
+
+    Returns:
+        `[..., D]` of `dtype`.
+
+    Raises:
+        ValueError: naming the argument whose shape or dtype does not fit.
+    """
+    check_dequantize_fp8(stored, scale)
+    return (stored.view(torch.float8_e4m3fn).float() * scale[..., None]).to(dtype)
+
+
+def check_dequantize_fp8(stored: Tensor, scale: Tensor) -> None:
+    """Raise ValueError unless the arguments are what `dequantize_fp8` takes."""
+    if stored.dtype not in (torch.float8_e4m3fn, torch.uint8):
+        raise ValueError(f"stored: expected float8_e4m3fn or its bytes as uint8, found {stored.dtype}")
+    _check_shape("scale", scale, stored.shape[:-1])
+    if scale.dtype != torch.float32:
+        raise ValueError(f"scale: expected float32, found {scale.dtype}")
+
+
 def _normalized(x: Tensor, eps: float, gain: Tensor) -> Tensor:
     """`x / rms(x) * gain` in fp32."""
     x = x.float()
