@@ -263,12 +263,23 @@ def _add_data(commands: Any) -> None:
     _add_storage(p)
     p = _command(commands, "demo", run_demo, "make the demo set from photographs that come with scikit-image")
     p.add_argument("dst", metavar="DST", type=Path)
+    p = _command(commands, "append", run_append, "add the shards of other datasets to one, without rewriting them")
+    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("src", metavar="SRC", type=Path, nargs="+")
+    p = _command(
+        commands, "split", run_split, "divide a dataset by key into DST/train and DST/eval, without copying it"
+    )
+    p.add_argument("dir", metavar="DIR", help="folder or URL")
+    p.add_argument("dst", metavar="DST", type=Path)
+    p.add_argument(
+        "--fraction", type=float, default=0.05, metavar="X", help="held out in DST/eval; default %(default)s"
+    )
     p = _command(commands, "verify", run_verify, "check every shard, index and sample of a dataset")
-    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("dir", metavar="DIR", help="folder or URL")
     p = _command(commands, "stats", run_stats, "sizes and per-channel statistics of a dataset")
-    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("dir", metavar="DIR", help="folder or URL")
     p = _command(commands, "inspect", run_inspect, "show a dataset's specification, or one sample")
-    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("dir", metavar="DIR", help="folder or URL")
     p.add_argument("key", metavar="KEY", nargs="?")
 
 
@@ -314,6 +325,18 @@ def run_demo(args: argparse.Namespace) -> dict:
     from blip3o_ds.encoders.demo import build_demo
 
     return _show(build_demo(args.dst))
+
+
+def run_append(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.append import append
+
+    return _show(append(args.dir, args.src))
+
+
+def run_split(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.split import split
+
+    return _show(split(args.dir, args.dst, args.fraction))
 
 
 def run_verify(args: argparse.Namespace) -> dict:

@@ -22,8 +22,10 @@ from torch import Tensor
 from blip3o_ds.data.codec import decode, has_nonfinite, parse_header, stored_tensors
 from blip3o_ds.data.index import ShardIndex, index_path
 from blip3o_ds.data.moments import ChannelMoments
+from blip3o_ds.data.remote import is_remote
 from blip3o_ds.data.schema import ChannelStats, DatasetSpec, Manifest, ShardInfo
 from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.source import load_manifest, open_source, shards_location
 from blip3o_ds.data.writer import shard_paths
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import sha256_file
@@ -55,25 +57,25 @@ def verify(dataset_dir: str | Path) -> VerifyReport:
     Goes on after a problem, so the report lists all of them, each with its file and key.
     """
     report = VerifyReport()
-    folder = Path(dataset_dir)
     try:
-        manifest = Manifest.load(folder)
+        manifest = load_manifest(dataset_dir)
+        source = open_source(shards_location(dataset_dir, manifest))
     except DataError as error:
         report.problems.append(str(error))
         return report
     seen: dict[str, str] = {}
-    moments = {"eva": ChannelMoments.empty(manifest.spec.eva_dim), "clip": ChannelMoments.empty(manifest.spec.clip_dim)}
+    moments = _no_moments(manifest.spec)
     for info in manifest.shards:
-        _verify_shard(folder / info.name, info, manifest.spec, report, seen, moments)
-    listed = {info.name for info in manifest.shards}
-    report.problems += [
-        f"{path}: not listed in the manifest; remove it, or repeat the command that wrote it"
-        for path in shard_paths(folder)
-        if path.name not in listed
-    ]
+        try:
+            file = source.open(info)
+        except DataError as error:  # of a URL
+            report.problems.append(str(error))
+            continue
+        _verify_shard(file.path, info, manifest, report, seen, moments)
+    report.problems += _unlisted(dataset_dir, manifest)
     if report.ok:  # a missing or damaged sample would show here once more
         for side, stats in (("eva", manifest.eva_stats), ("clip", manifest.clip_stats)):
-            _compare_stats(f"{folder}: manifest statistics of {side}", stats, moments[side], report)
+            _compare_stats(f"{dataset_dir}: manifest statistics of {side}", stats, moments[side], report)
     return report
 
 
@@ -83,7 +85,7 @@ def stats(dataset_dir: str | Path) -> dict[str, Any]:
     Per side: `mean` over channels, `std_min`, `std_median`, `std_max` over channels, and `rms_token_norm`, the root of
     the mean squared L2 norm of a token.
     """
-    manifest = Manifest.load(dataset_dir)
+    manifest = load_manifest(dataset_dir)
     spec = manifest.spec
     return {
         "samples": manifest.num_samples,
@@ -93,6 +95,7 @@ def stats(dataset_dir: str | Path) -> dict[str, Any]:
         **spec.to_dict(),
         "eva": _summary(manifest.eva_stats),
         "clip": _summary(manifest.clip_stats),
+        **({"selection": asdict(manifest.selection)} if manifest.selection else {}),
         "extra": manifest.extra,
     }
 
@@ -103,11 +106,12 @@ def inspect(dataset_dir: str | Path, key: str | None = None) -> dict[str, Any]:
     if key is None:
         return {
             "spec": dataset.spec.to_dict(),
+            **({"selection": asdict(dataset.manifest.selection)} if dataset.manifest.selection else {}),
             "samples": len(dataset),
             "shards": [asdict(info) for info in dataset.manifest.shards],
             "first_keys": [dataset.key(0, i) for i in range(min(_FIRST_KEYS, dataset.shard_sizes[0]))],
         }
-    shard, index = _find(Path(dataset_dir), dataset, key)
+    shard, index = _find(dataset, key)
     sample = dataset.read(shard, index)
     return {
         "key": key,
@@ -122,12 +126,12 @@ def inspect(dataset_dir: str | Path, key: str | None = None) -> dict[str, Any]:
 def _verify_shard(
     path: Path,
     info: ShardInfo,
-    spec: DatasetSpec,
+    manifest: Manifest,
     report: VerifyReport,
     seen: dict[str, str],
     moments: dict[str, ChannelMoments],
 ) -> None:
-    problems = report.problems
+    problems, spec = report.problems, manifest.spec
     if not path.is_file():
         problems.append(f"{path}: listed in the manifest, but missing; copy the dataset again")
         return
@@ -138,8 +142,8 @@ def _verify_shard(
         problems.append(f"{path}: its SHA-256 is not the manifest's; copy or write it again")
     report.num_shards += 1
     report.num_bytes += size
-    index = _verify_index(path, info, spec, problems)
-    found = {"eva": ChannelMoments.empty(spec.eva_dim), "clip": ChannelMoments.empty(spec.clip_dim)}
+    index = _verify_index(path, info, manifest, problems)
+    found = _no_moments(spec)  # of the whole shard, as its index has them; `moments` are of the samples selected
     keys = []
     try:
         for number, member in enumerate(_walk(path)):
@@ -147,31 +151,52 @@ def _verify_shard(
             if member.key in seen:
                 problems.append(f"{path}: key {member.key!r} appears in {seen[member.key]} as well")
             seen[member.key] = path.name
-            _verify_sample(path, member, number, spec, index, problems, found)
+            of_sample = _verify_sample(path, member, number, spec, index, problems)
+            found = {side: found[side].merge(of_sample[side]) for side in _SIDES}
+            if manifest.selection is None or manifest.selection.rows([member.key]).size:
+                moments.update({side: moments[side].merge(of_sample[side]) for side in _SIDES})
     except (tarfile.TarError, EOFError, DataError) as error:
         problems.append(f"{path}: the tar cannot be read after {len(keys)} samples ({error})")
-    report.num_samples += len(keys)
-    if len(keys) != info.num_samples:
-        problems.append(f"{path}: holds {len(keys)} samples, the manifest says {info.num_samples}")
+    selected = range(len(keys)) if manifest.selection is None else manifest.selection.rows(keys)
+    report.num_samples += len(selected)
+    if len(selected) != info.num_samples:
+        problems.append(f"{path}: holds {len(selected)} samples, the manifest says {info.num_samples}")
     if index is not None and keys != list(index.keys):
         problems.append(f"{path}: its keys are not those of its index; write the shard again")
     for side in _SIDES:
         if index is not None and found[side].count == getattr(index, f"{side}_moments").count:
             stored: ChannelMoments = getattr(index, f"{side}_moments")
             _compare_stats(f"{index_path(path)}: statistics of {side}", stored.to_stats(), found[side], report)
-        moments[side] = moments[side].merge(found[side])
 
 
-def _verify_index(path: Path, info: ShardInfo, spec: DatasetSpec, problems: list[str]) -> ShardIndex | None:
+def _no_moments(spec: DatasetSpec) -> dict[str, ChannelMoments]:
+    return {"eva": ChannelMoments.empty(spec.eva_dim), "clip": ChannelMoments.empty(spec.clip_dim)}
+
+
+def _unlisted(location: str | Path, manifest: Manifest) -> list[str]:
+    if is_remote(location) or manifest.selection is not None:
+        return []
+    listed = {info.name for info in manifest.shards}
+    return [
+        f"{path}: not listed in the manifest; remove it, or repeat the command that wrote it"
+        for path in shard_paths(Path(location))
+        if path.name not in listed
+    ]
+
+
+def _verify_index(path: Path, info: ShardInfo, manifest: Manifest, problems: list[str]) -> ShardIndex | None:
     try:
         index = ShardIndex.load(index_path(path))
     except DataError as error:
         problems.append(str(error))
         return None
-    if ShardInfo(info.name, len(index.keys), index.num_bytes, index.sha256) != info:
+    selected = index.keys if manifest.selection is None else manifest.selection.rows(index.keys)
+    if ShardInfo(info.name, len(selected), index.num_bytes, index.sha256) != info:
         problems.append(f"{index_path(path)}: its sample count, size or checksum is not the manifest's")
-    if index.spec != spec:
-        problems.append(f"{index_path(path)}: its spec differs from the manifest's ({index.spec.differences(spec)})")
+    if index.spec != manifest.spec:
+        problems.append(
+            f"{index_path(path)}: its spec differs from the manifest's ({index.spec.differences(manifest.spec)})"
+        )
         return None
     return index
 
@@ -211,9 +236,10 @@ def _verify_sample(
     spec: DatasetSpec,
     index: ShardIndex | None,
     problems: list[str],
-    found: dict[str, ChannelMoments],
-) -> None:
+) -> dict[str, ChannelMoments]:
+    """Add what is wrong with a sample to `problems`; the moments of its sides that are sound."""
     where = f"{path}: sample {member.key!r}"
+    found = _no_moments(spec)
     try:
         json.loads(member.meta)
     except ValueError as error:
@@ -223,10 +249,10 @@ def _verify_sample(
         tensors = safetensors.torch.load(member.tensors)
     except DataError as error:
         problems.append(str(error))
-        return
+        return found
     except safetensors.SafetensorError as error:
         problems.append(f"{where}: its .safetensors is damaged ({error})")
-        return
+        return found
     if index is not None and number < len(index.keys) and not _index_agrees(index, number, member, offsets):
         problems.append(f"{where}: the index points elsewhere; write the shard again")
     for side in _SIDES:
@@ -234,7 +260,8 @@ def _verify_sample(
         if has_nonfinite(values):
             problems.append(f"{where}: {side} holds NaN or infinity")
         else:
-            found[side] = found[side].merge(ChannelMoments.of(values.double().numpy()))
+            found[side] = ChannelMoments.of(values.double().numpy())
+    return found
 
 
 def _index_agrees(index: ShardIndex, i: int, member: _Member, offsets: dict[str, int]) -> bool:
@@ -270,12 +297,12 @@ def _summary(side: ChannelStats) -> dict[str, float]:
     }
 
 
-def _find(folder: Path, dataset: EmbeddingDataset, key: str) -> tuple[int, int]:
-    for shard, info in enumerate(dataset.manifest.shards):
-        keys = ShardIndex.load(index_path(folder / info.name)).keys
+def _find(dataset: EmbeddingDataset, key: str) -> tuple[int, int]:
+    for shard in range(len(dataset.manifest.shards)):
+        keys = dataset.keys(shard)
         if key in keys:
             return shard, keys.index(key)
-    raise DataError(f"{folder}: no sample has the key {key!r}; its first key is {dataset.key(0, 0)!r}")
+    raise DataError(f"{dataset.location}: no sample has the key {key!r}; its first key is {dataset.key(0, 0)!r}")
 
 
 def _describe(values: Tensor) -> dict[str, Any]:
