@@ -34,9 +34,9 @@ class StepMeter:
         self._mark = time.monotonic()
 
     def add(self, result: FlowLoss, batch: Batch) -> None:
-        """Count one micro-batch."""
+        """Count one micro-batch, expanded, on the device."""
         with torch.no_grad():
-            norms = [x.to(self._device).float().norm(dim=-1).mean() for x in (batch.clip, batch.eva)]
+            norms = [x.float().norm(dim=-1).mean() for x in (batch.clip, batch.eva)]
             values = (*(field.mean() for field in result), *norms)
             self._pending += torch.stack(values).double()
         self._pending_batches += 1

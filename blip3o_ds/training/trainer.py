@@ -87,6 +87,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 rank=rank,
                 world_size=world_size,
                 prefetch=config.data.prefetch_steps,
+                device=device,
             )
         )
         last_good = restore(engine, loader, run_dir, resume)
@@ -118,8 +119,8 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
 
         for step in range(start_step + 1, total_steps + 1):
             for batch in loader.next_step():
-                clip = normalizer.clip(batch.clip.to(device, non_blocking=True))
-                eva = normalizer.eva(batch.eva.to(device, non_blocking=True))
+                batch = batch.expand()
+                clip, eva = normalizer.clip(batch.clip), normalizer.eva(batch.eva)
                 noise, t, drop = flow.sample_noise_and_time(
                     batch.positions, tuple(clip.shape[1:]), config.train.seed, device
                 )
