@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="blip3o-ds", description=__doc__.splitlines()[0])
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_inference(commands)
@@ -304,7 +305,9 @@ def run_convert(args: argparse.Namespace) -> dict:
 
 def run_extract(args: argparse.Namespace) -> dict:
     from blip3o_ds.encoders.extract import extract
+    from blip3o_ds.encoders.launch import find_place
 
+    place = find_place(os.environ)
     result = extract(
         args.images,
         args.dst,
@@ -317,8 +320,17 @@ def run_extract(args: argparse.Namespace) -> dict:
         samples_per_shard=args.samples_per_shard,
         batch_size=args.batch_size,
         trust_remote_code=args.trust_remote_code,
+        device=_device(place.local_rank),
+        rank=place.rank,
+        world_size=place.world_size,
     )
     return _show(result)
+
+
+def _device(local_rank: int) -> str:
+    import torch
+
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def run_demo(args: argparse.Namespace) -> dict:
