@@ -248,8 +248,8 @@ def run_plan(args: argparse.Namespace) -> dict:
 
 
 def _add_data(commands: Any) -> None:
-    p = _command(commands, "convert", run_convert, "turn pickled embedding shards into a dataset")
-    p.add_argument("src", metavar="SRC", type=Path)
+    p = _command(commands, "convert", run_convert, "turn pickled embedding shards, or a dataset, into a dataset")
+    p.add_argument("src", metavar="SRC", help="pickles, or a dataset's folder or URL")
     p.add_argument("dst", metavar="DST", type=Path)
     _add_storage(p)
     p = _command(commands, "extract", run_extract, "turn images into a dataset of embeddings")
@@ -291,7 +291,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.convert import convert
+    from blip3o_ds.data.convert import convert, is_dataset
 
     result = convert(
         args.src,
@@ -300,6 +300,10 @@ def run_convert(args: argparse.Namespace) -> dict:
         dtype=args.dtype,
         samples_per_shard=args.samples_per_shard,
     )
+    if is_dataset(args.src):
+        from blip3o_ds.evaluation.storage import ridge_cost
+
+        result["cost"]["ridge"] = ridge_cost(args.src, args.dst, args.training_mode)
     return _show(result)
 
 
