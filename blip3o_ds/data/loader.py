@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -177,12 +178,20 @@ def iterate_batches(
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, found {batch_size}")
     stop = len(dataset) if stop is None else min(stop, len(dataset))
-    places = [(shard, index) for shard, size in enumerate(dataset.shard_sizes) for index in range(size)]
+    places = islice(_stored_order(dataset.shard_sizes, start), max(stop - start, 0))
     for begin in range(start, stop, batch_size):
-        rows = places[begin : min(begin + batch_size, stop)]
+        rows = list(islice(places, batch_size))
         buffers = Buffers(dataset.spec, len(rows))
         keys = [dataset.read_into(*place, row) for place, row in zip(rows, buffers.rows, strict=True)]
         yield _batch(buffers, keys, begin, 0, len(rows)).expand()
+
+
+def _stored_order(sizes: list[int], start: int) -> Iterator[tuple[int, int]]:
+    """(shard, index) of sample `start` and those after it; of a large set, too many for a list."""
+    for shard, size in enumerate(sizes):
+        if start < size:
+            yield from ((shard, index) for index in range(start, size))
+        start = max(start - size, 0)
 
 
 def _batch(buffers: Buffers, keys: list[str], position: int, begin: int, end: int) -> Batch:
