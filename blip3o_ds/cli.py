@@ -277,6 +277,8 @@ def _add_data(commands: Any) -> None:
     )
     p = _command(commands, "verify", run_verify, "check every shard, index and sample of a dataset")
     p.add_argument("dir", metavar="DIR", help="folder or URL")
+    p = _command(commands, "bench", run_bench, "time the loader beside other ways of reading and the memory's speed")
+    p.add_argument("dir", metavar="DIR", type=Path, nargs="?", help="a dataset; by default a temporary one is made")
     p = _command(commands, "stats", run_stats, "sizes and per-channel statistics of a dataset")
     p.add_argument("dir", metavar="DIR", help="folder or URL")
     p = _command(commands, "inspect", run_inspect, "show a dataset's specification, or one sample")
@@ -364,6 +366,14 @@ def run_verify(args: argparse.Namespace) -> dict:
     if report.problems:
         raise DataError(f"{args.dir}: {len(report.problems)} problems found, listed above")
     return _show(report.to_dict())
+
+
+def run_bench(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.bench import bench, format_bench
+
+    result = bench(args.dir)
+    print(format_bench(result))
+    return result
 
 
 def run_stats(args: argparse.Namespace) -> dict:
