@@ -274,7 +274,7 @@ def test_the_loader_finds_the_next_window_fetched(server, tmp_path):
         while {path.name for path in files_in(tmp_path / "cache") if path.suffix == ".tar"} < expected:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        keys = [key for _ in range(5) for key in loader.next_step()[0].keys]
+        keys = [key for _ in range(5) for batch in loader.next_step() for key in batch.keys]
     dataset.close()
 
     names = {key: (int(key[5:]) // 4, int(key[5:]) % 4) for key in keys}

@@ -119,7 +119,7 @@ def test_the_loader_visits_each_sample_of_a_part_once_an_epoch(tmp_path):
     order = GlobalOrder(dataset.shard_sizes, seed=1, window_shards=3)
     sizes = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "rank": 0, "world_size": 1}
     with EmbeddingLoader(dataset, order, **sizes) as loader:
-        keys = [loader.next_step()[0].keys[0] for _ in range(len(dataset))]
+        keys = [key for _ in range(len(dataset)) for batch in loader.next_step() for key in batch.keys]
     assert sorted(keys) == sorted(samples(tmp_path / "split/train"))
 
 
