@@ -110,6 +110,8 @@ class DataConfig(_Section):
     prefetch_steps: int = Field(2, ge=1)
     cache_dir: str | None = None  # shards of a URL, on a disk of the node; by default in the temporary folder
     cache_gb: float = Field(100.0, gt=0)  # bound of cache_dir, GiB; two windows of shards should fit
+    on_bad_sample: Literal["error", "skip"] = "error"  # skip: another of its shard takes its place, and is reported
+    on_bad_shard: Literal["error", "skip"] = "error"  # skip: another shard's samples take the place of its own
 
 
 class TrainConfig(_Section):

@@ -54,6 +54,10 @@ class EmbeddingLoader:
     On a CUDA `device` the batches arrive there, copied one ahead on a stream of its own, and belong to the caller. On
     the CPU they are views of buffers that are used again: a step's batches are overwritten after the next call of
     `next_step`, so use them before it, or clone what you keep.
+
+    A bad sample is an error, or is replaced as `EmbeddingDataset` says; either way a position stays a position, so all
+    ranks do the same steps. Then a sound sample comes at its own position once an epoch, and once more for every bad
+    position that it fills; `positions` are those of the order, `keys` those of the samples that were read.
     """
 
     def __init__(
@@ -117,6 +121,11 @@ class EmbeddingLoader:
         if self._uploader is None:
             return iter(self._cut(step))
         return self._uploader.feed(step, self._cut, self._ring.peek)
+
+    @property
+    def num_replaced(self) -> int:
+        """Reads so far that were given another sample than the one at their place, those read ahead included."""
+        return self._dataset.faults.num_replaced
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and samples handed out so far, over all ranks and epochs; what was only read ahead does not count."""

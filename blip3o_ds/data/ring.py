@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.data.codec import stored_tensors
+from blip3o_ds.data.faults import SLOW_READ_SECONDS
 from blip3o_ds.data.order import GlobalOrder
 from blip3o_ds.data.schema import DatasetSpec
 from blip3o_ds.data.shards import EmbeddingDataset
@@ -100,7 +101,8 @@ class StepRing:
         """The next step; waits for it. An error is that of the step's first row that has one, at every call."""
         with self._ready:
             while self._failure is None and not (self._steps and self._steps[0].left == 0):
-                self._ready.wait()
+                if not self._ready.wait(SLOW_READ_SECONDS):
+                    self._report_slow()
             if self._failure is not None:
                 raise self._failure
             if errors := self._steps[0].errors:
@@ -127,6 +129,14 @@ class StepRing:
         for reader in self._readers:
             reader.join()
         self._adviser.shutdown(cancel_futures=True)
+
+    def _report_slow(self) -> None:
+        """Say which shards the next step waits for; a read that never ends would leave no other word."""
+        step = self._steps[0] if self._steps else None
+        for row in range(step.taken if step else 0):
+            if not step.keys[row] and row not in step.errors:
+                shard, _ = step.places[row]
+                self._dataset.faults.slow(self._dataset.manifest.shards[shard].name, SLOW_READ_SECONDS)
 
     def _read(self) -> None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from blip3o_ds.data.cache import CacheFull
 from blip3o_ds.data.codec import StoredTensor, check_finite, decode, parse_header, read_dtype, stored_tensors
+from blip3o_ds.data.faults import SLOW_READ_SECONDS, FaultLog
 from blip3o_ds.data.index import ShardIndex, check_tar_size, index_path
 from blip3o_ds.data.schema import MANIFEST_NAME, DatasetSpec, ShardInfo, TokenLayout
 from blip3o_ds.data.source import ShardFile, load_manifest, open_source, shards_location
@@ -163,6 +165,9 @@ class _OpenShard:
     rows: np.ndarray | None  # of a split: its samples' places in the shard
     file: ShardFile  # keeps a cached shard from being evicted
 
+    def row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
+
 
 class EmbeddingDataset:
     """A dataset opened for reading by (shard, index); shards open on first use. Safe for several threads.
@@ -172,6 +177,12 @@ class EmbeddingDataset:
     however many shards there are. `max_shards` and `max_samples` keep only the first of each.
     `token_layout="patch_only"` reads a `cls_patch` dataset without token 0 (the manifest's statistics still include
     it). Raises DataError: here for a missing or wrong manifest, on reading for a missing or damaged shard.
+
+    Where the policy in `faults` is `skip`, `read` and `read_into` give another sample instead of that error: for a bad
+    sample the next sound one of its shard, from the first again after the last; for a shard that cannot be opened, or
+    has no sound sample, the sample `index` modulo its size of the next shard, in the same way. So the sample that is
+    read depends on the data and the place alone, and its key says which it was. Sizes and order are the manifest's.
+    What was found bad once is not tried again.
     """
 
     def __init__(
@@ -182,6 +193,7 @@ class EmbeddingDataset:
         token_layout: TokenLayout | None = None,
         cache_dir: str | Path | None = None,
         cache_gb: float = 100.0,
+        faults: FaultLog | None = None,
     ) -> None:
         for name, limit in (("max_shards", max_shards), ("max_samples", max_samples)):
             if limit is not None and limit < 1:
@@ -195,6 +207,9 @@ class EmbeddingDataset:
         self.shard_sizes = _truncated([shard.num_samples for shard in shards], max_samples)
         if not self.shard_sizes:
             raise DataError(f"{location}: the dataset's {MANIFEST_NAME} lists no samples")
+        self.faults = FaultLog() if faults is None else faults
+        self._bad_shards: set[int] = set()
+        self._bad_samples: set[tuple[int, int]] = set()
         self._skip_tokens = self.manifest.spec.num_tokens - self.spec.num_tokens
         self._num_samples = sum(self.shard_sizes)
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -229,13 +244,22 @@ class EmbeddingDataset:
 
         Such as a batch's rows; returns the sample's key.
         """
-        reader, row = self._locate(shard, index)
-        return reader.read_into(row, out, self._skip_tokens)
+        self._check_place(shard, index)
+        num_shards = len(self.shard_sizes)
+        for other in (*range(shard, num_shards), *range(shard)):
+            found = self._read_from(other, index, out)
+            if found is not None:
+                place, key = found
+                if place != (shard, index):
+                    self.faults.replaced()
+                return key
+        raise DataError(f"{self.location}: none of its samples can be read; `blip3o-ds data verify` says why")
 
     def will_need(self, shard: int, index: int) -> None:
         """Have the system read a sample into the page cache in the background."""
-        reader, row = self._locate(shard, index)
-        reader.will_need(row)
+        if shard not in self._bad_shards:
+            reader, row = self._locate(shard, index)
+            reader.will_need(row)
 
     def meta(self, shard: int, index: int) -> dict[str, Any]:
         """What came with the sample: caption and other fields."""
@@ -254,10 +278,50 @@ class EmbeddingDataset:
 
     def _locate(self, shard: int, index: int) -> tuple[ShardReader, int]:
         """The reader of a shard, and the sample's place in it."""
+        self._check_place(shard, index)
+        opened = self._opened(shard)
+        return opened.reader, opened.row(index)
+
+    def _check_place(self, shard: int, index: int) -> None:
         if not 0 <= index < self.shard_sizes[shard]:
             raise IndexError(f"sample {index} of shard {shard}, which has {self.shard_sizes[shard]}")
-        opened = self._opened(shard)
-        return opened.reader, index if opened.rows is None else int(opened.rows[index])
+
+    def _read_from(self, shard: int, index: int, out: Mapping[str, Tensor]) -> tuple[tuple[int, int], str] | None:
+        """Read the first sound sample of a shard from `index` on, around its end; its place and key, if there is one.
+
+        Raises the first fault instead where the policy says so.
+        """
+        if shard in self._bad_shards:
+            return None
+        name, size = self.manifest.shards[shard].name, self.shard_sizes[shard]
+        try:
+            opened = self._opened(shard)
+        except CacheFull:  # says nothing about the shard
+            raise
+        except DataError as error:
+            self.faults.bad_shard(name, error)
+            self._bad_shards.add(shard)
+            return None
+        for step in range(size):
+            place = shard, (index + step) % size
+            if place in self._bad_samples:
+                continue
+            row = opened.row(place[1])
+            try:
+                return place, self._read_row(opened.reader, row, out)
+            except DataError as error:
+                self.faults.bad_sample(name, opened.reader.keys[row], error)
+                self._bad_samples.add(place)
+        self.faults.bad_shard(name, DataError(f"{opened.reader.path}: none of its {size} samples can be read"))
+        self._bad_shards.add(shard)
+        return None
+
+    def _read_row(self, reader: ShardReader, row: int, out: Mapping[str, Tensor]) -> str:
+        started = time.monotonic()
+        key = reader.read_into(row, out, self._skip_tokens)
+        if (seconds := time.monotonic() - started) > SLOW_READ_SECONDS:
+            self.faults.slow(str(reader.path), seconds)
+        return key
 
     def _opened(self, shard: int) -> _OpenShard:
         with self._lock:
