@@ -49,6 +49,7 @@ def recast(
             )
     manifest = Manifest.load(dst)
     return {
+        "source_dtype": dataset.spec.dtype,
         "samples": manifest.num_samples,
         "samples_found_done": len(done),
         "shards": len(manifest.shards),
