@@ -39,17 +39,18 @@ _SPEC = DatasetSpec(256, "patch_only", 4096, 1024, "bf16", "eva-clip-8b", "clip-
 _MOST_BYTES = 4 << 30  # of the shards that are read
 _LARGE = 1 << 30  # bytes of the buffers of the memory copy, at most: far more than any cache
 _CHUNK = 1 << 22
-_REPEATS = 3
+_BUFFERS = 4  # of the loader, a batch in each
+_ROUNDS = 3
 
 
 def bench(dataset_dir: str | Path | None = None) -> dict[str, Any]:
     """Time each way of reading on a dataset's shards, or on a temporary dataset of 512 samples of real size.
 
-    Warm (from the page cache) is the best of three, cold (evicted from it) is the best of two. Returns `machine`,
-    `samples`, `sample_bytes` and `rows`, each with `name`, `state`, `samples_per_second`, `gib_per_second` and
-    `ratio_to_memory_copy`; and the factors of the loader over the others, warm. A dataset that is given has no
-    pickles beside it and is read up to 4 GiB, and cold rows are left out where the files cannot be evicted, as on
-    tmpfs.
+    Warm (from the page cache) and cold (evicted from it), each the best of three rounds over all ways; the loader warm
+    is in its stride, cold from its opening on. Returns `machine`, `samples`, `sample_bytes` and `rows`, each with
+    `name`, `state`, `samples_per_second`, `gib_per_second` and `ratio_to_memory_copy`; and the factors of the loader
+    over the others, warm. A dataset that is given has no pickles beside it and is read up to 4 GiB, and cold rows are
+    left out where the files cannot be evicted, as on tmpfs.
     """
     with ExitStack() as stack:
         pickles: list[Path] = []
@@ -88,25 +89,24 @@ def _run(dataset: EmbeddingDataset, folder: Path, pickles: list[Path]) -> dict[s
     sample_bytes = sum(tensor.num_bytes for tensor in stored_tensors(dataset.spec))
     num_samples = len(dataset)
     total = num_samples * sample_bytes
-    ways: dict[str, tuple[Callable[[], Any], list[Path]]] = {
-        "sequential read": (lambda: _read_through(tars), tars),
-        "tarfile": (lambda: _read_tars(tars), tars),
-        "webdataset": (lambda: _drain(_webdataset_batches(tars)), tars),
-        "pickled shards": (lambda: _drain(_pickled_batches(pickles)), pickles),
-        "loader": (lambda: _read_epoch(dataset), tars),
+    ways = {
+        "sequential read": _timed(lambda: _read_through(tars)),
+        "tarfile": _timed(lambda: _read_tars(tars)),
+        "webdataset": _timed(lambda: _drain(_webdataset_batches(tars))),
     }
-    seconds = {
-        ("memory copy", "warm"): _best(_memory_copy(total, _LARGE), _REPEATS),
-        ("memory copy, reused buffer", "warm"): _best(_memory_copy(total, 4 * BATCH * sample_bytes), _REPEATS),
+    if pickles:
+        ways["pickled shards"] = _timed(lambda: _drain(_pickled_batches(pickles)))
+    warm = {
+        "memory copy": _timed(_memory_copy(total, _LARGE)),
+        "memory copy, reused buffer": _timed(_memory_copy(total, _BUFFERS * BATCH * sample_bytes)),
+        **ways,
+        "loader": lambda: _time_loader(dataset, untimed_steps=_BUFFERS),
     }
-    for state, repeats in (("warm", _REPEATS), ("cold", 2)):
-        for name, (read, paths) in ways.items():
-            if not paths or (state == "cold" and not _evict(paths)):
-                continue
-            prepare = (
-                (lambda paths=paths: _evict(paths)) if state == "cold" else (lambda paths=paths: _read_through(paths))
-            )
-            seconds[name, state] = _best(read, repeats, prepare)
+    cold = {**ways, "loader": lambda: _time_loader(dataset, untimed_steps=0)}
+    _read_through(tars + pickles)
+    seconds = {(name, "warm"): best for name, best in _best(warm).items()}
+    if _evict(tars):
+        seconds |= {(name, "cold"): best for name, best in _best(cold, lambda: _evict(tars + pickles)).items()}
     copy = seconds["memory copy", "warm"]
     rows = [
         {
@@ -118,11 +118,8 @@ def _run(dataset: EmbeddingDataset, folder: Path, pickles: list[Path]) -> dict[s
         }
         for (name, state), elapsed in seconds.items()
     ]
-    ours = seconds["loader", "warm"]
     factors = {
-        f"loader_over_{name.replace(' ', '_')}": seconds[name, "warm"] / ours
-        for name in ways
-        if (name, "warm") in seconds
+        f"loader_over_{name.replace(' ', '_')}": seconds[name, "warm"] / seconds["loader", "warm"] for name in ways
     }
     return {
         "machine": _machine(),
@@ -133,14 +130,23 @@ def _run(dataset: EmbeddingDataset, folder: Path, pickles: list[Path]) -> dict[s
     }
 
 
-def _best(read: Callable[[], Any], repeats: int, prepare: Callable[[], Any] = lambda: None) -> float:
-    elapsed = []
-    for _ in range(repeats):
-        prepare()
+def _best(ways: dict[str, Callable[[], float]], prepare: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    """The least seconds of each in some rounds over all of them, so that what else the machine does hits all alike."""
+    seconds = dict.fromkeys(ways, math.inf)
+    for _ in range(_ROUNDS):
+        for name, time_once in ways.items():
+            prepare()
+            seconds[name] = min(seconds[name], time_once())
+    return seconds
+
+
+def _timed(read: Callable[[], Any]) -> Callable[[], float]:
+    def time_once() -> float:
         started = time.perf_counter()
         read()
-        elapsed.append(time.perf_counter() - started)
-    return min(elapsed)
+        return time.perf_counter() - started
+
+    return time_once
 
 
 def _memory_copy(total: int, target_bytes: int) -> Callable[[], None]:
@@ -198,14 +204,25 @@ def _pickled_batches(pickles: list[Path]) -> Iterator[Any]:
             yield eva[rows], clip[rows]
 
 
-def _read_epoch(dataset: EmbeddingDataset) -> None:
-    order = GlobalOrder(dataset.shard_sizes, seed=0)
+def _time_loader(dataset: EmbeddingDataset, untimed_steps: int) -> float:
+    """Seconds of an epoch's steps, after some that touch the buffers for the first time; without these, of all."""
     batch = min(BATCH, len(dataset))
+    started = time.perf_counter()
     with EmbeddingLoader(
-        dataset, order, micro_batch_size=batch, gradient_accumulation_steps=1, rank=0, world_size=1
+        dataset,
+        GlobalOrder(dataset.shard_sizes, seed=0),
+        micro_batch_size=batch,
+        gradient_accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        prefetch=_BUFFERS - 2,
     ) as loader:
+        for _ in range(untimed_steps):
+            loader.next_step()
+            started = time.perf_counter()
         for _ in range(math.ceil(len(dataset) / batch)):
             loader.next_step()
+        return time.perf_counter() - started
 
 
 def _drain(batches: Iterator[Any]) -> None:
