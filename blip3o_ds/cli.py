@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,12 @@ def _add_data(commands: Any) -> None:
     )
     p = _command(commands, "verify", run_verify, "check every shard, index and sample of a dataset")
     p.add_argument("dir", metavar="DIR", help="folder or URL")
+    p.add_argument("--workers", type=int, metavar="N", help="shards read at a time; by default one a core, at most 8")
+    p = _command(
+        commands, "repair", run_repair, "rebuild indexes, and write shards again without their bad samples, in place"
+    )
+    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("--workers", type=int, metavar="N", help="shards read at a time; by default one a core, at most 8")
     p = _command(commands, "bench", run_bench, "time the loader beside other ways of reading and the memory's speed")
     p.add_argument("dir", metavar="DIR", type=Path, nargs="?", help="a dataset; by default a temporary one is made")
     p = _command(commands, "stats", run_stats, "sizes and per-channel statistics of a dataset")
@@ -360,12 +367,18 @@ def run_split(args: argparse.Namespace) -> dict:
 def run_verify(args: argparse.Namespace) -> dict:
     from blip3o_ds.data.verify import verify
 
-    report = verify(args.dir)
+    report = verify(args.dir, args.workers)
     for problem in report.problems:
         print(problem)
     if report.problems:
         raise DataError(f"{args.dir}: {len(report.problems)} problems found, listed above")
     return _show(report.to_dict())
+
+
+def run_repair(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.repair import repair
+
+    return _show(asdict(repair(args.dir, args.workers)))
 
 
 def run_bench(args: argparse.Namespace) -> dict:

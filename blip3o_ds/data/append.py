@@ -77,6 +77,12 @@ def append(dataset_dir: str | Path, sources: Sequence[str | Path]) -> dict[str, 
     }
 
 
+def next_number(manifest: Manifest) -> int:
+    """The number of the next shard of a dataset."""
+    numbers = [int(match[1]) for info in manifest.shards if (match := re.search(r"(\d+)\.tar$", info.name))]
+    return max(numbers, default=-1) + 1
+
+
 def _open(folder: Path) -> _Set:
     manifest = Manifest.load(folder)
     if manifest.selection is not None:
@@ -109,16 +115,15 @@ def _keys(sets: Sequence[_Set]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _place(own: _Set, added: Sequence[_Set], placed: list[Path]) -> Iterator[ShardInfo]:
-    numbers = [int(match[1]) for info in own.manifest.shards if (match := re.search(r"(\d+)\.tar$", info.name))]
-    number = max(numbers, default=-1)
+    number = next_number(own.manifest)
     for other in added:
         for info in other.manifest.shards:
-            number += 1
             source, target = other.folder / info.name, own.folder / f"shard_{number:05d}.tar"
             placed += [target, index_path(target)]
             _link_or_copy(source, target, info.sha256)
             _link_or_copy(index_path(source), index_path(target))
             yield replace(info, name=target.name)
+            number += 1
 
 
 def _link_or_copy(source: Path, target: Path, sha256: str | None = None) -> None:

@@ -7,6 +7,7 @@ they were stored.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def stored_tensors(spec: DatasetSpec) -> list[StoredTensor]:
@@ -120,7 +121,7 @@ def parse_header(content: bytes | memoryview, spec: DatasetSpec, where: str) -> 
         entries = json.loads(bytes(content[8:length]))
         if not isinstance(entries, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: the safetensors header is damaged ({error}); write this shard again") from error
     expected = stored_tensors(spec)
     found = sorted(set(entries) - {"__metadata__"})
@@ -155,4 +156,10 @@ def _checked_offset(entry: Any, tensor: StoredTensor, where: str) -> int:
             f"{where}: tensor {tensor.name} is {found[0]} {found[1]}, expected {expected[0]} {expected[1]} "
             "as the dataset's spec says"
         )
-    return int(entry["data_offsets"][0])
+    offsets = entry["data_offsets"]
+    if [type(offset) for offset in offsets] != [int, int] or not 0 <= offsets[0] == offsets[1] - tensor.num_bytes:
+        raise DataError(
+            f"{where}: tensor {tensor.name} lies at the bytes {str(offsets)[:80]} of its file's data, expected "
+            f"{tensor.num_bytes} bytes: the safetensors header is damaged"
+        )
+    return offsets[0]

@@ -191,7 +191,7 @@ def _read(path: Path) -> bytes:
 def _parse_json(text: bytes, path: Path | str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); write the dataset again with {_MAKERS}") from error
 
 
@@ -202,7 +202,7 @@ def _field(content: Any, name: str, kind: type, path: Path | str, parent: str = 
     if name not in content:
         raise DataError(f"{path}: field {label} is missing; write the dataset again with {_MAKERS}")
     value = content[name]
-    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not 0 <= value < 1 << 63)):
         expected = "non-negative integer" if kind is int else kind.__name__
         raise DataError(f"{path}: field {label} must be a {expected}, found {str(value)[:80]!r}")
     return value
@@ -211,9 +211,13 @@ def _field(content: Any, name: str, kind: type, path: Path | str, parent: str = 
 def _read_shard_info(entry: Any, path: Path | str) -> ShardInfo:
     kinds = {"name": str, "num_samples": int, "num_bytes": int, "sha256": str}
     info = ShardInfo(**{name: _field(entry, name, kind, path, "shards[]") for name, kind in kinds.items()})
-    if Path(info.name).name != info.name:
+    if not _is_file_name(info.name):
         raise DataError(f"{path}: shards[].name must be a file name without a folder, found {info.name!r}")
     return info
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and name not in ("", "..") and len(name) < 200
 
 
 def _read_selection(content: dict[str, Any], path: Path | str) -> Selection | None:
@@ -240,12 +244,12 @@ def _read_channels(content: dict[str, Any], name: str, side: str, dim: int, path
     values = _field(content, name, list, path, f"stats.{side}")
     try:
         channels = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: field stats.{side}.{name} must be a list of numbers ({error})") from error
     if channels.shape != (dim,):
         raise DataError(f"{path}: stats.{side}.{name} holds {channels.size} channels, spec.{side}_dim is {dim}")
-    if not np.isfinite(channels).all():
-        raise DataError(f"{path}: stats.{side}.{name} holds values that are not finite")
+    if not np.isfinite(channels).all() or (name == "var" and (channels < 0).any()):
+        raise DataError(f"{path}: stats.{side}.{name} holds values that are not finite, or negative variances")
     return channels
 
 

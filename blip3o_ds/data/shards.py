@@ -60,13 +60,7 @@ class ShardReader:
         self.path = Path(path)
         self.index = ShardIndex.load(index_path(self.path))
         self._file = _open_file(self.path, self.index.num_bytes)
-        where = f"{self.path}: sample {self.keys[0]}"
-        content = bytearray(min(int(self.index.members["tensors_size"][0]), _MAX_HEADER_BYTES))
-        self._read_at(int(self.index.members["tensors_offset"][0]), [content], where)
-        # All samples of a shard have the same header, so the others need one comparison of bytes.
-        length, self._relative = parse_header(content, self.spec, where)
-        self._header = content[:length]
-        self._in_file_order = _in_file_order(self.spec, length, self._relative, where)
+        self._header, self._relative, self._in_file_order = self._common_header()
 
     @property
     def spec(self) -> DatasetSpec:
@@ -124,8 +118,26 @@ class ShardReader:
         self._read_at(int(self.index.members["meta_offset"][i]), [content], where)
         try:
             return json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: its .json is damaged ({error})") from error
+
+    def _common_header(self) -> tuple[bytearray, dict[str, int], list[StoredTensor]]:
+        """The header of the first sample that has a sound one; the others need one comparison of bytes with it."""
+        errors = []
+        for i in range(len(self)):
+            try:
+                content, where = self._read_header(i), f"{self.path}: sample {self.keys[i]}"
+                length, relative = parse_header(content, self.spec, where)
+                return content[:length], relative, _in_file_order(self.spec, length, relative, where)
+            except DataError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _read_header(self, i: int) -> bytearray:
+        """The start of a sample's file, which holds at least its header."""
+        content = bytearray(min(int(self.index.members["tensors_size"][i]), _MAX_HEADER_BYTES))
+        self._read_at(int(self.index.members["tensors_offset"][i]), [content], f"{self.path}: sample {self.keys[i]}")
+        return content
 
     def _read_at(self, offset: int, pieces: list[Any], where: str) -> None:
         """Fill the buffers one after another with the file's bytes from `offset`."""
@@ -153,10 +165,8 @@ class ShardReader:
             return False
 
     def _refuse_header(self, i: int, where: str) -> NoReturn:
-        content = bytearray(min(int(self.index.members["tensors_size"][i]), _MAX_HEADER_BYTES))
-        self._read_at(int(self.index.members["tensors_offset"][i]), [content], where)
-        parse_header(content, self.spec, where)  # says what differs, if it can
-        raise DataError(f"{where}: its safetensors header is not that of the shard's first sample")
+        parse_header(self._read_header(i), self.spec, where)  # says what differs, if it can
+        raise DataError(f"{where}: its safetensors header is not that of the shard's other samples")
 
 
 @dataclass(frozen=True, eq=False)

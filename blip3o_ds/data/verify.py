@@ -1,36 +1,28 @@
 """Looking at a dataset without training on it: `verify` reads every byte, `stats` and `inspect` only what they show.
 
-`verify` goes by the tar itself, walked with `tarfile`, and so checks the index as well as the data. All results can be
-written as JSON.
+`verify` goes by the tars themselves, and so checks the indexes as well as the data. All results can be written as
+JSON.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import tarfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.codec import decode, has_nonfinite, parse_header, stored_tensors
-from blip3o_ds.data.index import ShardIndex, index_path
-from blip3o_ds.data.moments import ChannelMoments
+from blip3o_ds.data.examine import SIDES, ShardReport, compare_stats, examine_all, no_moments
 from blip3o_ds.data.remote import is_remote
-from blip3o_ds.data.schema import ChannelStats, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.schema import ChannelStats, Manifest
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.data.source import load_manifest, open_source, shards_location
 from blip3o_ds.data.writer import shard_paths
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import sha256_file
 
-_SIDES = ("eva", "clip")
 _FIRST_KEYS = 10
 
 
@@ -51,11 +43,14 @@ class VerifyReport:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(dataset_dir: str | Path) -> VerifyReport:
+def verify(dataset_dir: str | Path, workers: int | None = None) -> VerifyReport:
     """Check a dataset whole: checksums, sizes, index against tar, shapes, values, keys and statistics.
 
-    Goes on after a problem, so the report lists all of them, each with its file and key.
+    Goes on after a problem, so the report lists all of them, each with its file and key, in the order of the shards.
+    `workers` shards are read at a time, each byte once; by default as many as there are cores, at most 8.
     """
+    if workers is not None and workers < 1:
+        raise DataError(f"workers must be at least 1, found {workers}")
     report = VerifyReport()
     try:
         manifest = load_manifest(dataset_dir)
@@ -64,18 +59,14 @@ def verify(dataset_dir: str | Path) -> VerifyReport:
         report.problems.append(str(error))
         return report
     seen: dict[str, str] = {}
-    moments = _no_moments(manifest.spec)
-    for info in manifest.shards:
-        try:
-            file = source.open(info)
-        except DataError as error:  # of a URL
-            report.problems.append(str(error))
-            continue
-        _verify_shard(file.path, info, manifest, report, seen, moments)
+    moments = no_moments(manifest.spec)
+    for shard in examine_all(source, manifest, workers):
+        _add(report, shard, seen)
+        moments = {side: moments[side].merge(shard.selected_moments[side]) for side in SIDES}
     report.problems += _unlisted(dataset_dir, manifest)
     if report.ok:  # a missing or damaged sample would show here once more
         for side, stats in (("eva", manifest.eva_stats), ("clip", manifest.clip_stats)):
-            _compare_stats(f"{dataset_dir}: manifest statistics of {side}", stats, moments[side], report)
+            report.problems += compare_stats(f"{dataset_dir}: manifest statistics of {side}", stats, moments[side])
     return report
 
 
@@ -123,54 +114,15 @@ def inspect(dataset_dir: str | Path, key: str | None = None) -> dict[str, Any]:
     }
 
 
-def _verify_shard(
-    path: Path,
-    info: ShardInfo,
-    manifest: Manifest,
-    report: VerifyReport,
-    seen: dict[str, str],
-    moments: dict[str, ChannelMoments],
-) -> None:
-    problems, spec = report.problems, manifest.spec
-    if not path.is_file():
-        problems.append(f"{path}: listed in the manifest, but missing; copy the dataset again")
-        return
-    size = path.stat().st_size
-    if size != info.num_bytes:
-        problems.append(f"{path}: {size} bytes, the manifest says {info.num_bytes}; copy or write it again")
-    elif sha256_file(path) != info.sha256:
-        problems.append(f"{path}: its SHA-256 is not the manifest's; copy or write it again")
-    report.num_shards += 1
-    report.num_bytes += size
-    index = _verify_index(path, info, manifest, problems)
-    found = _no_moments(spec)  # of the whole shard, as its index has them; `moments` are of the samples selected
-    keys = []
-    try:
-        for number, member in enumerate(_walk(path)):
-            keys.append(member.key)
-            if member.key in seen:
-                problems.append(f"{path}: key {member.key!r} appears in {seen[member.key]} as well")
-            seen[member.key] = path.name
-            of_sample = _verify_sample(path, member, number, spec, index, problems)
-            found = {side: found[side].merge(of_sample[side]) for side in _SIDES}
-            if manifest.selection is None or manifest.selection.rows([member.key]).size:
-                moments.update({side: moments[side].merge(of_sample[side]) for side in _SIDES})
-    except (tarfile.TarError, EOFError, DataError) as error:
-        problems.append(f"{path}: the tar cannot be read after {len(keys)} samples ({error})")
-    selected = range(len(keys)) if manifest.selection is None else manifest.selection.rows(keys)
-    report.num_samples += len(selected)
-    if len(selected) != info.num_samples:
-        problems.append(f"{path}: holds {len(selected)} samples, the manifest says {info.num_samples}")
-    if index is not None and keys != list(index.keys):
-        problems.append(f"{path}: its keys are not those of its index; write the shard again")
-    for side in _SIDES:
-        if index is not None and found[side].count == getattr(index, f"{side}_moments").count:
-            stored: ChannelMoments = getattr(index, f"{side}_moments")
-            _compare_stats(f"{index_path(path)}: statistics of {side}", stored.to_stats(), found[side], report)
-
-
-def _no_moments(spec: DatasetSpec) -> dict[str, ChannelMoments]:
-    return {"eva": ChannelMoments.empty(spec.eva_dim), "clip": ChannelMoments.empty(spec.clip_dim)}
+def _add(report: VerifyReport, shard: ShardReport, seen: dict[str, str]) -> None:
+    report.problems += shard.problems
+    for key in shard.keys:
+        if key in seen:
+            report.problems.append(f"{shard.path}: key {key!r} appears in {seen[key]} as well")
+        seen.setdefault(key, shard.path.name)
+    report.num_shards += bool(shard.num_bytes)
+    report.num_samples += shard.selected
+    report.num_bytes += shard.num_bytes
 
 
 def _unlisted(location: str | Path, manifest: Manifest) -> list[str]:
@@ -182,108 +134,6 @@ def _unlisted(location: str | Path, manifest: Manifest) -> list[str]:
         for path in shard_paths(Path(location))
         if path.name not in listed
     ]
-
-
-def _verify_index(path: Path, info: ShardInfo, manifest: Manifest, problems: list[str]) -> ShardIndex | None:
-    try:
-        index = ShardIndex.load(index_path(path))
-    except DataError as error:
-        problems.append(str(error))
-        return None
-    selected = index.keys if manifest.selection is None else manifest.selection.rows(index.keys)
-    if ShardInfo(info.name, len(selected), index.num_bytes, index.sha256) != info:
-        problems.append(f"{index_path(path)}: its sample count, size or checksum is not the manifest's")
-    if index.spec != manifest.spec:
-        problems.append(
-            f"{index_path(path)}: its spec differs from the manifest's ({index.spec.differences(manifest.spec)})"
-        )
-        return None
-    return index
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A sample as the tar holds it: content of its two files, and where they start."""
-
-    key: str
-    tensors: bytes
-    tensors_offset: int
-    meta: bytes
-    meta_offset: int
-
-
-def _walk(path: Path) -> Iterator[_Member]:
-    with tarfile.open(path, "r:") as tar:
-        members = iter(tar)
-        for first in members:
-            second = next(members, None)
-            key, _, suffix = first.name.partition(".")
-            if suffix != "safetensors" or second is None or second.name != f"{key}.json":
-                raise DataError(
-                    f"{first.name} is followed by {second.name if second else 'nothing'}; every <key>.safetensors "
-                    "must be followed by its <key>.json"
-                )
-            tensors, meta = tar.extractfile(first), tar.extractfile(second)
-            if tensors is None or meta is None:
-                raise DataError(f"{first.name} or {second.name} is not a regular file")
-            yield _Member(key, tensors.read(), first.offset_data, meta.read(), second.offset_data)
-
-
-def _verify_sample(
-    path: Path,
-    member: _Member,
-    number: int,
-    spec: DatasetSpec,
-    index: ShardIndex | None,
-    problems: list[str],
-) -> dict[str, ChannelMoments]:
-    """Add what is wrong with a sample to `problems`; the moments of its sides that are sound."""
-    where = f"{path}: sample {member.key!r}"
-    found = _no_moments(spec)
-    try:
-        json.loads(member.meta)
-    except ValueError as error:
-        problems.append(f"{where}: its .json is damaged ({error})")
-    try:
-        _, offsets = parse_header(member.tensors, spec, where)
-        tensors = safetensors.torch.load(member.tensors)
-    except DataError as error:
-        problems.append(str(error))
-        return found
-    except safetensors.SafetensorError as error:
-        problems.append(f"{where}: its .safetensors is damaged ({error})")
-        return found
-    if index is not None and number < len(index.keys) and not _index_agrees(index, number, member, offsets):
-        problems.append(f"{where}: the index points elsewhere; write the shard again")
-    for side in _SIDES:
-        values = decode(tensors[side], tensors.get(f"{side}_scale"))
-        if has_nonfinite(values):
-            problems.append(f"{where}: {side} holds NaN or infinity")
-        else:
-            found[side] = ChannelMoments.of(values.double().numpy())
-    return found
-
-
-def _index_agrees(index: ShardIndex, i: int, member: _Member, offsets: dict[str, int]) -> bool:
-    expected = {
-        "tensors_offset": member.tensors_offset,
-        "tensors_size": len(member.tensors),
-        "meta_offset": member.meta_offset,
-        "meta_size": len(member.meta),
-    }
-    return all(index.members[name][i] == value for name, value in expected.items()) and all(
-        index.tensors[tensor.name][i] == member.tensors_offset + offsets[tensor.name]
-        for tensor in stored_tensors(index.spec)
-    )
-
-
-def _compare_stats(label: str, stored: ChannelStats, found: ChannelMoments, report: VerifyReport) -> None:
-    recomputed = found.to_stats()
-    scale = np.sqrt(recomputed.var + np.square(recomputed.mean))  # of a channel's values
-    mean_off = np.abs(stored.mean - recomputed.mean) > 1e-6 * scale
-    var_off = np.abs(stored.var - recomputed.var) > 1e-6 * np.square(scale)
-    if stored.count != recomputed.count or mean_off.any() or var_off.any():
-        report.problems.append(f"{label} differ from those of the data in {int((mean_off | var_off).sum())} channels")
 
 
 def _summary(side: ChannelStats) -> dict[str, float]:

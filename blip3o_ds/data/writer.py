@@ -183,7 +183,7 @@ class ShardWriter:
     """Writes one tar and, when finished, its index; the tar appears under its name only then."""
 
     def __init__(self, path: Path, spec: DatasetSpec, distortions: dict[str, Distortion]) -> None:
-        """`distortions`, of each side, count what is written."""
+        """`distortions`, of each side, count what `write` encodes."""
         self.path = path
         self._spec = spec
         self._distortions = distortions
@@ -205,14 +205,23 @@ class ShardWriter:
         """Append a sample; nothing reaches the file unless all of it is valid."""
         tensors: dict[str, Tensor] = {}
         decoded: dict[str, Tensor] = {}
-        moments: list[ChannelMoments] = []
         for side, values, dim in (("eva", eva, self._spec.eva_dim), ("clip", clip, self._spec.clip_dim)):
             stored, scale, seen = self._encode(key, side, values, dim)
             tensors[side] = stored
             if scale is not None:
                 tensors[f"{side}_scale"] = scale
-            moments.append(ChannelMoments.of(seen.float().numpy()))
             decoded[side] = seen
+        self._append(key, tensors, decoded, meta)
+        for side, given in (("eva", eva), ("clip", clip)):
+            self._distortions[side].add(given.detach().cpu(), decoded[side])
+
+    def write_stored(self, key: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Append a sample whose tensors are as a shard of this specification stores them, to the bit."""
+        decoded = {side: decode(tensors[side], tensors.get(f"{side}_scale")) for side in ("eva", "clip")}
+        self._append(key, tensors, decoded, meta)
+
+    def _append(self, key: str, tensors: dict[str, Tensor], decoded: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        moments = {side: ChannelMoments.of(values.float().numpy()) for side, values in decoded.items()}
         content = to_bytes(tensors)
         _, offsets = parse_header(content, self._spec, f"{self.path}: sample {key}")
         meta_content = _meta_bytes(key, meta)
@@ -222,10 +231,8 @@ class ShardWriter:
             self._tensors[name].append(start + offset)
         self._member(f"{key}.json", meta_content, "meta")
         self._keys.append(key)
-        for side, given in (("eva", eva), ("clip", clip)):
-            self._distortions[side].add(given.detach().cpu(), decoded[side])
-        self._eva_moments = self._eva_moments.merge(moments[0])
-        self._clip_moments = self._clip_moments.merge(moments[1])
+        self._eva_moments = self._eva_moments.merge(moments["eva"])
+        self._clip_moments = self._clip_moments.merge(moments["clip"])
 
     def finish(self) -> ShardIndex:
         """Close the tar, then write the index that makes it count."""
