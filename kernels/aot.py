@@ -29,10 +29,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-OPS = ("rms_norm", "sandwich", "rope", "attention", "swiglu", "flow_loss")
+OPS = ("rms_norm", "sandwich", "rope", "attention", "swiglu", "flow_loss", "dequantize")
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of one block, by architecture
 EXTENTS = {"H", "HKV", "G", "D"}  # constants that only count or stride; blocks and widths are chosen from them
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class ModelShape:
     num_kv_heads: int
     ffn_dim: int
     num_tokens: int
+    eva_dim: int = 4096
     clip_dim: int = 1024
     batch_size: int = 8
 

@@ -37,6 +37,16 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         raise ValueError(f"{name}: expected device {other.device} as {other_name} has, found {tensor.device}")
 
 
+def check_dequantize_fp8(stored: Tensor, scale: Tensor) -> None:
+    """The arguments of `dequantize_fp8`."""
+    if stored.dtype not in (torch.float8_e4m3fn, torch.uint8):
+        raise ValueError(f"stored: expected float8_e4m3fn or its bytes as uint8, found {stored.dtype}")
+    check_shape("scale", scale, stored.shape[:-1])
+    if scale.dtype != torch.float32:
+        raise ValueError(f"scale: expected float32, found {scale.dtype}")
+    check_device("scale", scale, "stored", stored)
+
+
 def check_rms_norm(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
     """The arguments of `rms_norm`."""
     D = x.shape[-1] if x.dim() else 0

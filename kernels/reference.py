@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from blip3o_kernels.checks import (
+    check_dequantize_fp8,
     check_flow_matching_loss,
     check_gqa_attention,
     check_qk_norm_rope,
@@ -178,6 +179,24 @@ def flow_matching_loss(prediction: Tensor, target: Tensor) -> FlowLoss:
         dot = (prediction * target).sum(dim=-1)
         cosine = dot / (prediction_norm * target_norm).clamp_min(1e-12)
     return FlowLoss(mse, cosine.mean(dim=1), prediction_norm.mean(dim=1), target_norm.mean(dim=1))
+
+
+def dequantize_fp8(stored: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`stored * scale` per token: embeddings kept as fp8 (e4m3, Micikevicius et al. 2022) with a scale for each token.
+
+    Args:
+        stored: `[..., D]`, float8_e4m3fn or the same bytes as uint8.
+        scale: `[...]`, fp32.
+        dtype: of the result; the product is fp32 and rounded once.
+
+    Returns:
+        `[..., D]` of `dtype`.
+
+    Raises:
+        ValueError: naming the argument whose shape or dtype does not fit.
+    """
+    check_dequantize_fp8(stored, scale)
+    return (stored.view(torch.float8_e4m3fn).float() * scale[..., None]).to(dtype)
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -43,5 +43,20 @@ class ChannelMoments:
         m2 = self.m2 + other.m2 + delta * delta * (self.count * other.count / count)
         return ChannelMoments(count, mean, m2)
 
+    def without(self, other: ChannelMoments) -> ChannelMoments:
+        """The moments of what remains when `other`, a part of this, is taken out: the inverse of `merge`."""
+        count = self.count - other.count
+        if count == 0 or other.count == 0:
+            return ChannelMoments.empty(len(self.mean)) if count == 0 else self
+        mean = self.mean + (self.mean - other.mean) * (other.count / count)
+        delta = other.mean - mean
+        m2 = self.m2 - other.m2 - delta * delta * (count * other.count / self.count)
+        return ChannelMoments(count, mean, np.maximum(m2, 0))  # rounding must not make a variance negative
+
+    @staticmethod
+    def from_stats(stats: ChannelStats) -> ChannelMoments:
+        """The moments behind `to_stats`."""
+        return ChannelMoments(stats.count, stats.mean, stats.var * stats.count)
+
     def to_stats(self) -> ChannelStats:
         return ChannelStats(mean=self.mean, var=self.m2 / max(self.count, 1), count=self.count)

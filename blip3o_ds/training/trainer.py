@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 import blip3o_ds
 from blip3o_ds.config import RunConfig
+from blip3o_ds.data.faults import FaultLog
 from blip3o_ds.data.loader import EmbeddingLoader
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.order import GlobalOrder
@@ -66,11 +67,13 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
     with ExitStack() as stack:
         rank, world_size, device = init_distributed()
         setup_logging(rank)
-        dataset = open_train_data(config)
+        faults = FaultLog(config.data.on_bad_sample, config.data.on_bad_shard)
+        dataset = open_train_data(config, faults)
         run_dir = prepare_run_dir(config, resume, rank)
         setup_logging(rank, run_dir / "clip_reproduction_training.log")
+        faults.write_to(run_dir / "bad_samples.jsonl", rank)
         normalizer, baselines = prepare_statistics(config, dataset, run_dir, rank, device)
-        splits = open_eval_data(config, dataset)
+        splits = open_eval_data(config, dataset, faults)
 
         global_batch = config.train.micro_batch_size * config.train.gradient_accumulation_steps * world_size
         total_steps = count_steps(config, len(dataset), global_batch)
@@ -88,6 +91,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 rank=rank,
                 world_size=world_size,
                 prefetch=config.data.prefetch_steps,
+                device=device,
             )
         )
         last_good = restore(engine, loader, run_dir, resume)
@@ -119,8 +123,8 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
 
         for step in range(start_step + 1, total_steps + 1):
             for batch in loader.next_step():
-                clip = normalizer.clip(batch.clip.to(device, non_blocking=True))
-                eva = normalizer.eva(batch.eva.to(device, non_blocking=True))
+                batch = batch.expand()
+                clip, eva = normalizer.clip(batch.clip), normalizer.eva(batch.eva)
                 noise, t, drop = flow.sample_noise_and_time(
                     batch.positions, tuple(clip.shape[1:]), config.train.seed, device
                 )
@@ -191,7 +195,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         return summary
 
 
-def open_train_data(config: RunConfig) -> EmbeddingDataset:
+def open_train_data(config: RunConfig, faults: FaultLog) -> EmbeddingDataset:
     """The training set as the run reads it.
 
     Raises:
@@ -201,10 +205,13 @@ def open_train_data(config: RunConfig) -> EmbeddingDataset:
     if config.data.train_dir is None:
         raise ConfigError("data.train_dir is not set; give --chunked_embeddings_dir DIR, a folder with a manifest.json")
     dataset = EmbeddingDataset(
-        Path(config.data.train_dir),
+        config.data.train_dir,
         max_shards=config.data.max_shards,
         max_samples=config.train.overfit_test_size,
         token_layout=config.model.token_layout,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
+        faults=faults,
     )
     check_dims(config, dataset, config.data.train_dir)
     wanted = config.train.overfit_test_size
@@ -230,7 +237,7 @@ def check_dims(config: RunConfig, dataset: EmbeddingDataset, folder: str) -> Non
         raise ConfigError(f"{folder}: {stated}; for this data: {remedy}")
 
 
-def open_eval_data(config: RunConfig, train_data: EmbeddingDataset) -> dict[str, EmbeddingDataset]:
+def open_eval_data(config: RunConfig, train_data: EmbeddingDataset, faults: FaultLog) -> dict[str, EmbeddingDataset]:
     """The splits to evaluate on, by name; in an overfit test, or with no held-out set, the training samples."""
     if config.train.overfit_test_size:
         return {"overfit": train_data}
@@ -239,7 +246,13 @@ def open_eval_data(config: RunConfig, train_data: EmbeddingDataset) -> dict[str,
         name = Path(folder).name
         if name in splits:
             raise ConfigError(f"data.eval_dirs: two folders are named {name}, and metrics go by the name")
-        splits[name] = EmbeddingDataset(Path(folder), token_layout=config.model.token_layout)
+        splits[name] = EmbeddingDataset(
+            folder,
+            token_layout=config.model.token_layout,
+            cache_dir=config.data.cache_dir,
+            cache_gb=config.data.cache_gb,
+            faults=faults,
+        )
         check_dims(config, splits[name], folder)
     if splits:
         return splits
