@@ -22,20 +22,17 @@ from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.planning.memory import MAX_BUCKET_ELEMENTS
 from blip3o_ds.training.ema import attach_ema
+from blip3o_ds.training.launch import rendezvous
 
 
 def init_distributed() -> tuple[int, int, torch.device]:
-    """Join the process group that the launcher describes, or make one of a single process: `(rank, world, device)`.
+    """Join the process group that the launcher describes (see `launch.rendezvous`): `(rank, world, device)`.
 
     nccl where there is CUDA, gloo otherwise.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(rendezvous(os.environ, torch.cuda.device_count()))
     import deepspeed
 
     cuda = torch.cuda.is_available()
@@ -46,7 +43,9 @@ def init_distributed() -> tuple[int, int, torch.device]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
-def resolve_deepspeed_config(train: TrainConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
+def resolve_deepspeed_config(
+    train: TrainConfig, world_size: int, num_parameters: int, ranks_per_node: int = 1
+) -> dict[str, Any]:
     """The complete DeepSpeed settings: the JSON file's (or ZeRO-2), `"auto"` and absent ones filled from `train`.
 
     Raises:
@@ -79,8 +78,19 @@ def resolve_deepspeed_config(train: TrainConfig, world_size: int, num_parameters
         for key in ("reduce_bucket_size", "allgather_bucket_size"):
             if zero.get(key, "auto") == "auto":
                 zero[key] = bucket
+        if zero.get("zero_hpz_partition_size") == "auto":
+            zero["zero_hpz_partition_size"] = ranks_per_node
     settings["zero_allow_untested_optimizer"] = True
+    # The optimizer is ours everywhere, so that the EMA rides on it; torch's fused AdamW is vectorised on CPU too.
+    settings["zero_force_ds_cpu_optimizer"] = False
     return settings
+
+
+def count_ranks_of_this_node() -> int:
+    """How many ranks run on this host; a collective."""
+    hosts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
@@ -114,7 +124,11 @@ class Engine:
         deepspeed_logger.setLevel("WARNING")
         world_size = torch.distributed.get_world_size()
         num_parameters = sum(p.numel() for p in model.parameters())
-        self.settings = resolve_deepspeed_config(train, world_size, num_parameters)
+        self.settings = resolve_deepspeed_config(train, world_size, num_parameters, count_ranks_of_this_node())
+        if device.type != "cuda" and self.settings.get("zero_optimization", {}).get("zero_quantized_weights"):
+            raise ConfigError(
+                f"{train.deepspeed_config}: zero_quantized_weights needs CUDA, and this run is on the CPU"
+            )
         self.zero_stage = zero_stage(self.settings)
         self._autocast = self.zero_stage == 0 and train.precision == "bf16"
         self._max_grad_norm = train.max_grad_norm
