@@ -7,6 +7,7 @@ set here, and a JSON file that contradicts the run's own settings is refused.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -19,16 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from blip3o_ds.config import TrainConfig
-from blip3o_ds.errors import ConfigError
+from blip3o_ds.errors import ConfigError, TrainingError
 from blip3o_ds.planning.memory import MAX_BUCKET_ELEMENTS
 from blip3o_ds.training.ema import attach_ema
 from blip3o_ds.training.launch import rendezvous
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
+def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes (see `launch.rendezvous`): `(rank, world, device)`.
 
     nccl where there is CUDA, gloo otherwise.
+
+    Raises:
+        TrainingError: not all ranks came within `timeout_seconds`.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,7 +43,15 @@ def init_distributed() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    backend, timeout = "nccl" if cuda else "gloo", datetime.timedelta(seconds=timeout_seconds)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    except torch.distributed.DistError as error:
+        where = ", ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        raise TrainingError(
+            f"the ranks did not find each other ({where}): {error}. Look at the other hosts' output for the one that "
+            "failed first, and whether they reach MASTER_ADDR"
+        ) from None
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
@@ -91,6 +103,17 @@ def count_ranks_of_this_node() -> int:
     hosts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(hosts, socket.gethostname())
     return hosts.count(socket.gethostname())
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """End this process when it has waited so long for the others, in whichever of the process groups.
+
+    Groups that DeepSpeed makes for itself have torch's default, half an hour, whatever the first group was given.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
@@ -147,6 +170,7 @@ class Engine:
             dist_init_required=False,
         )
         self.module: nn.Module = self.deepspeed.module
+        set_collective_timeout(train.timeout_seconds)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.cpp_extension import get_default_build_root
 
+from tests.cluster import slurm as slurm_daemons
+from tests.cluster import ssh
 from tests.cluster.machines import missing_for
-from tests.cluster.slurm import PROGRAMS, SlurmCluster
 from tests.conftest import PROJECT
 
 
@@ -31,12 +32,24 @@ def _this_project_on_every_machine() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_daemons.SlurmCluster]:
     """A SLURM of two nodes, node1 and node2."""
-    if reason := missing_for(PROGRAMS):
+    if reason := missing_for(slurm_daemons.PROGRAMS):
         pytest.skip(reason)
-    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    cluster = slurm_daemons.SlurmCluster(tmp_path_factory.mktemp("slurm"))
     try:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ssh.Hosts]:
+    """Two machines, node1 and node2, that log in to each other by ssh."""
+    if reason := missing_for(ssh.PROGRAMS):
+        pytest.skip(reason)
+    pair = ssh.Hosts(tmp_path_factory.mktemp("hosts"))
+    try:
+        yield pair
+    finally:
+        pair.stop()

@@ -62,6 +62,10 @@ class Machine:
     def start(self, *command: str, **options) -> subprocess.Popen:
         return subprocess.Popen(self._command(list(command)), **options)
 
+    def processes(self, pattern: str) -> list[int]:
+        """Ids, as the machine sees them, of the processes whose command line matches."""
+        return [int(pid) for pid in self.run("pgrep", "--full", pattern, check=False).stdout.split()]
+
     def stop(self) -> None:
         self.keeper.kill()
         self.keeper.wait()

@@ -93,14 +93,17 @@ class SlurmCluster:
         return dict(item.split("=", 1) for item in text.split() if "=" in item)
 
     def wait_for_state(self, job_id: int, states: set[str], timeout: float) -> str:
+        """Until the job is in one of these states; SLURM would hold a requeued job back for two minutes."""
         deadline = time.monotonic() + timeout
-        while (state := self.job(job_id)["JobState"]) not in states:
+        while (job := self.job(job_id))["JobState"] not in states:
+            if job["Reason"] == "BeginTime":
+                self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now")
             assert time.monotonic() < deadline, (
-                f"job {job_id} is {state} ({self.job(job_id)['Reason']}) after {timeout} s, not {states}; its log:\n"
+                f"job {job_id} is {job['JobState']} ({job['Reason']}) after {timeout} s, not {states}; its log:\n"
                 f"{self.log(job_id)}\n{self.daemon_logs()}"
             )
             time.sleep(0.2)
-        return state
+        return job["JobState"]
 
     def wait(self, job_id: int, timeout: float = 90) -> str:
         """Wait for the job's end and return its last state: COMPLETED, FAILED, ..."""
@@ -138,15 +141,6 @@ class SlurmCluster:
     def start_slurmd(self, number: int) -> None:
         node = self.nodes[number - 1]
         self._slurmd[node.name] = self._daemon(node, "slurmd", "-D", "-N", node.name)
-
-    def processes(self, number: int, pattern: str) -> list[int]:
-        """Process ids, as node `number` sees them, whose command line matches."""
-        found = self.nodes[number - 1].run("pgrep", "--full", pattern, check=False).stdout
-        return [int(pid) for pid in found.split()]
-
-    def kill_process(self, number: int, pid: int) -> None:
-        """SIGKILL a process of node `number`."""
-        self.nodes[number - 1].run("kill", "-KILL", str(pid))
 
     def daemon_logs(self) -> str:
         """The last lines of the daemons, for messages of failed tests."""

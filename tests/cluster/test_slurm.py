@@ -91,8 +91,8 @@ def test_other_launchers_train_on_two_nodes_too(slurm, data, straight, tmp_path,
 
 
 def kill_rank_1(slurm: SlurmCluster, _job: int) -> None:
-    [pid] = slurm.processes(2, "train_clip_reproduction.py")
-    slurm.kill_process(2, pid)
+    [pid] = slurm.nodes[1].processes("train_clip_reproduction.py")
+    slurm.nodes[1].run("kill", "-KILL", str(pid))
 
 
 INTERRUPTIONS = {
