@@ -65,7 +65,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         TrainingError: loss or gradient is not finite, with the last good checkpoint named.
     """
     with ExitStack() as stack:
-        rank, world_size, device = init_distributed()
+        rank, world_size, device = init_distributed(config.train.timeout_seconds)
         setup_logging(rank)
         faults = FaultLog(config.data.on_bad_sample, config.data.on_bad_shard)
         dataset = open_train_data(config, faults)
