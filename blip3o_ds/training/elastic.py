@@ -169,7 +169,7 @@ def _create_states(engine: Engine, keys: list[str], applied_steps: int) -> None:
 
 def _set(engine: Engine, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
     """Give this rank's part of a whole fp32 tensor to the master weight (key None) or to one of its states."""
-    from deepspeed.utils import tensor_fragment as of
+    import deepspeed.utils as of
 
     value = value.flatten().to(device=parameter.device, dtype=torch.float32)
     if hasattr(parameter, "ds_id"):  # ZeRO-3; its setter of whole tensors fails where ranks do not divide them
