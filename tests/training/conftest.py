@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-
 from pathlib import Path
 
 import pytest
@@ -108,7 +106,7 @@ class Ranks:
 
 @pytest.fixture
 def start_ranks(embeddings: Path, tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
-    """`start_ranks(output_name, count, settings, *flags, **environment)`; what is still running at the end is killed."""
+    """`start_ranks(output_name, count, settings, *flags, **environment)`; the end kills them."""
     started: list[Ranks] = []
 
     def start(name: str, count: int, settings: dict, *extra: str, **variables: str) -> Ranks:

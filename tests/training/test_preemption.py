@@ -31,30 +31,41 @@ def scontrol(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_resumed_run_is_bitwise_the_straight_one(
-    start_ranks, number
-):
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_resumed_run_is_bitwise_the_straight_one(start_ranks):
     straight = start_ranks("straight", 2, SETTINGS).run()
     assert straight.returncode == 0, straight.output
 
     ranks = start_ranks("stopped", 2, SETTINGS)
     ranks.wait_for_step(10)
-    ranks.processes[1].send_signal(number)
+    ranks.processes[1].send_signal(signal.SIGUSR1)
     stopped = ranks.run()
-    summary = json.loads((stopped.run_dir / "training_summary.json").read_text())
-    [checkpoint] = (stopped.run_dir / "checkpoints").glob("step_*")
-
     assert stopped.returncode == 0, stopped.output
-    assert summary["status"] == f"stopped by {number.name}"
-    assert checkpoint.name == f"step_{summary['steps']:08d}"
-    assert 10 <= summary["steps"] < 100
-    assert f"--resume {stopped.run_dir}" in stopped.output
-    assert not (stopped.run_dir / "final_summary.json").exists()
+    assert 10 <= stopped_at(stopped, "SIGUSR1") < 100
 
     resumed = start_ranks("stopped", 2, SETTINGS, "--resume").run()
     assert resumed.returncode == 0, resumed.output
     assert losses(resumed) == losses(straight)
+
+
+def test_sigterm_ends_a_run_with_status_0_and_a_checkpoint_to_go_on_from(start_ranks):
+    ranks = start_ranks("stopped", 1, {"train.max_steps": 1000})
+    ranks.wait_for_step(5)
+    ranks.processes[0].send_signal(signal.SIGTERM)
+    stopped = ranks.run()
+
+    assert stopped.returncode == 0, stopped.output
+    assert 5 <= stopped_at(stopped, "SIGTERM") < 1000
+    assert f"--resume {stopped.run_dir}" in stopped.output
+    assert not (stopped.run_dir / "final_summary.json").exists()
+
+
+def stopped_at(run, name: str) -> int:
+    """The step that the run says it stopped at, of which it must have a checkpoint and no others."""
+    summary = json.loads((run.run_dir / "training_summary.json").read_text())
+    assert summary["status"] == f"stopped by {name}"
+    [checkpoint] = (run.run_dir / "checkpoints").glob("step_*")
+    assert checkpoint.name == f"step_{summary['steps']:08d}"
+    return summary["steps"]
 
 
 def test_usr1_under_slurm_queues_the_job_again(scontrol, tmp_path):
