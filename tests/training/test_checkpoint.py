@@ -101,7 +101,7 @@ def test_a_write_that_fails_is_an_error_at_the_next_save_and_leaves_the_former_c
 
     monkeypatch.setattr(snapshot, "write_verified", full)
     writer.save(2, {})
-    with pytest.raises(CheckpointError, match="step_00000002 was not written: rank 0: .*No space left"):
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not written: rank 0: .*No space left"):
         writer.save(3, {})
 
     assert [path.name for path in tmp_path.glob("*step*")] == ["step_00000001"]
@@ -173,6 +173,7 @@ def test_damage_at_any_byte_of_any_file_leads_to_the_checkpoint_before(two_check
     assert find_checkpoint(two_checkpoints).step == 2
 
 
+@pytest.mark.slow
 def test_killed_at_fifty_moments_nothing_complete_is_lost_and_nothing_torn_is_loaded(tmp_path):
     script = PROJECT / "tests" / "training" / "killed_saver.py"
     done = subprocess.run(
