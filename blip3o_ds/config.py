@@ -136,13 +136,16 @@ class TrainConfig(_Section):
     ema_decay: float = Field(0.999, ge=0, lt=1)  # 0: no averaging
     seed: int = Field(0, ge=0)
     timeout_seconds: float = Field(600.0, gt=0)  # a rank that has waited so long for another ends the run
-    max_skipped_steps: int = Field(0, ge=0)  # non-finite steps in a row that are skipped before the run stops
+    max_skipped_steps: int = Field(0, ge=0)  # non-finite steps in a row that are skipped before the run goes back
+    max_rollbacks: int = Field(1, ge=0)  # times that it goes back to the last checkpoint before it stops
     overfit_test_size: int | None = Field(None, ge=1)  # train and evaluate on the first so many samples alone
     debug_mode: bool = False
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(500, ge=0)  # 0: only at the end
     save_every: int = Field(500, ge=0)  # 0: only at the end
     keep_last: int = Field(3, ge=1)
+    keep_every: int | None = Field(None, ge=1)  # checkpoints of steps that this divides are kept for good
+    peer_timeout_seconds: float = Field(30, gt=0)  # a rank that is not heard of for so long is taken for dead
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

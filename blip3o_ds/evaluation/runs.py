@@ -5,6 +5,7 @@ A run keeps many checkpoints and every setting; an export is one set of weights 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 from blip3o_ds.evaluation.baselines import Baselines
-from blip3o_ds.files import atomic_folder, sha256_file
+from blip3o_ds.files import atomic_folder, atomic_write_json, sha256_file
 from blip3o_ds.flow.objective import FlowObjective
 from blip3o_ds.model.dit import CONFIG_NAME, DiT, read_pretrained_config
 
@@ -140,13 +141,20 @@ def find_checkpoint(folder: Path, step: int | None = None, files: Sequence[str] 
         there = ", ".join(path.name for path in paths) or "none"
         raise CheckpointError(f"{folder}: there is no checkpoint of step {step}; found: {there}")
     for path in wanted:
-        problem = _damage(path, files)
-        if problem is None:
-            return _read_seal(path)
-        if step is not None:
-            raise CheckpointError(f"{path}: {problem}")
-        logger.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
+        try:
+            return _verified(path, files)
+        except CheckpointError as error:
+            if step is not None:
+                raise
+            logger.warning("checkpoint %s; trying the one before it", error)
     return None
+
+
+def seal_checkpoint(folder: Path, checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> None:
+    """Write the record that makes `folder` a checkpoint: what `checkpoint` holds, and `bytes` and `sha256` by file."""
+    content = {name: getattr(checkpoint, name) for name in ("step", "world_size", "zero_stage", "state")}
+    content["files"] = files
+    atomic_write_json(folder / SEAL, {**content, "sha256": _digest(content)})
 
 
 def _load_run(run: Path, step: int | None = None) -> LoadedModel:
@@ -195,27 +203,28 @@ def _load_export(folder: Path) -> LoadedModel:
     )
 
 
-def _damage(path: Path, names: Sequence[str] | None) -> str | None:
+def _verified(path: Path, names: Sequence[str] | None) -> Checkpoint:
     try:
-        files = json.loads((path / SEAL).read_text())["files"]
+        seal = _read_json(path / SEAL)
     except FileNotFoundError:
-        return f"{SEAL} is missing: it was not finished"
-    except (json.JSONDecodeError, KeyError) as error:
-        return f"{SEAL} is not readable: {error}"
+        raise CheckpointError(f"{path} is damaged: {SEAL} is missing, it was not finished") from None
+    if seal.pop("sha256", None) != _digest(seal):
+        raise CheckpointError(f"{path} is damaged: {SEAL} is not as it was written")
+    files = seal["files"]
     for name in files if names is None else names:
         file, recorded = path / name, files.get(name)
         if recorded is None or not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != recorded["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {recorded['bytes']} were written"
+            raise CheckpointError(f"{path} is damaged: {name} is missing")
+        size = file.stat().st_size
+        if size != recorded["bytes"]:
+            raise CheckpointError(f"{path} is damaged: {name} has {size} bytes, {recorded['bytes']} were written")
         if sha256_file(file) != recorded["sha256"]:
-            return f"{name} has another checksum than when it was written"
-    return None
-
-
-def _read_seal(path: Path) -> Checkpoint:
-    seal = json.loads((path / SEAL).read_text())
+            raise CheckpointError(f"{path} is damaged: {name} has another checksum than when it was written")
     return Checkpoint(path, seal["step"], seal["world_size"], seal["zero_stage"], seal["state"])
+
+
+def _digest(seal: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
 
 
 def _run_config(path: Path, settings: Any) -> RunConfig:

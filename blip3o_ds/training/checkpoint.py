@@ -1,16 +1,20 @@
-"""Checkpoints that are whole or absent: DeepSpeed's files, full fp32 weights, loader and RNG state, and a seal.
+"""Checkpoints that are whole or absent, written while training goes on.
 
-Everything is written to a hidden folder; when every rank has finished, rank 0 records each file's size and SHA-256 in
-`checkpoint.json` and renames the folder to `step_00000500`. A folder without a matching `checkpoint.json` is not one.
+A step waits until its state is copied to host memory. A thread of every rank then writes, syncs and reads back its own
+files in a hidden folder; when all ranks have, rank 0 records sizes and SHA-256 in `checkpoint.json` and renames the
+folder to `step_00000500`. A folder without a matching `checkpoint.json` is not a checkpoint.
 """
 
 from __future__ import annotations
 
+import datetime
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -18,105 +22,197 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.runs import SEAL, Checkpoint
-from blip3o_ds.files import atomic_write_bytes, atomic_write_json, fsync_dir, sha256_file
-from blip3o_ds.training.ema import gather_weights
+from blip3o_ds.evaluation.runs import Checkpoint, seal_checkpoint
+from blip3o_ds.files import atomic_write_bytes, fsync_dir
+from blip3o_ds.training.elastic import load_elastic
+from blip3o_ds.training.ema import each_weight
 from blip3o_ds.training.engine import Engine
 
+logger = logging.getLogger(__name__)
 
-def save_checkpoint(
-    engine: Engine, folder: Path, step: int, state: dict[str, Any], *, with_ema: bool, keep_last: int
-) -> Path:
-    """Write `folder/step_XXXXXXXX` (every rank must call it) and drop all but the `keep_last` newest ones.
+WRITING_TIMEOUT = datetime.timedelta(minutes=30)  # between the first rank that has written its files and the last
+CLOSING_SECONDS = 60
 
-    `state` is plain JSON; it comes back as `Checkpoint.state`.
+Writers = dict[str, Callable[[BinaryIO], Any]]  # file name -> what writes it
 
-    Raises:
-        OSError: for example no space left; the half-written folder is removed and earlier checkpoints are untouched.
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run into `folder`, one at a time; every rank calls `save` and `finish`.
+
+    Kept are the `keep_last` newest, those of steps that `keep_every` divides, and the pinned one (`best` points to it).
     """
-    rank = dist.get_rank()
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".step_{step:08d}.partial"
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_partial(folder)
-        temporary.mkdir()
-    dist.barrier()
-    try:
-        engine.deepspeed.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-        torch.save(_rng_state(), temporary / f"rng_rank_{rank:05d}.pt")
-        _save_full_weights(engine, temporary, with_ema)
-        dist.barrier()  # every rank's files are there
-        if rank == 0:
-            _seal(temporary, step, engine.zero_stage, state)
-            if final.exists():  # the same step again, after a resume from an earlier one
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-            fsync_dir(folder)
-            atomic_write_bytes(folder / "latest", final.name.encode())  # for DeepSpeed's own tools
-            _drop_old(folder, keep_last)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    dist.barrier()
-    return final
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        *,
+        with_ema: bool,
+        keep_last: int,
+        keep_every: int | None = None,
+        last: Checkpoint | None = None,
+    ) -> None:
+        from blip3o_ds.training.snapshot import SnapshotEngine  # imports deepspeed
+
+        self.last = last  # the newest that is complete
+        self._engine = engine
+        self._folder = folder
+        self._with_ema = with_ema
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._group = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT)  # the thread's own
+        self._snapshots = SnapshotEngine()
+        self._thread: threading.Thread | None = None
+        self._outcome: Checkpoint | str | None = None  # of the thread: what it wrote, or why not
+        engine.deepspeed.checkpoint_engine = self._snapshots
+
+    def save(self, step: int, state: dict[str, Any], pinned_step: int | None = None) -> None:
+        """Take the state of `step` and begin to write it to `folder/step_XXXXXXXX`; waits for the save before it.
+
+        `state` is plain JSON; it comes back as `Checkpoint.state`.
+
+        Raises:
+            CheckpointError: the save before it failed on some rank; no trace of it is left.
+        """
+        self.finish()
+        final = self._folder / f"step_{step:08d}"
+        temporary = self._folder / f".{final.name}.partial"
+        if dist.get_rank() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self._folder.glob(".step_*.partial"):
+                shutil.rmtree(left_over)
+            temporary.mkdir()
+        dist.barrier()
+        checkpoint = Checkpoint(final, step, dist.get_world_size(), self._engine.zero_stage, state)
+        self._thread = threading.Thread(
+            target=self._write, args=(self._snapshot(temporary), temporary, checkpoint, pinned_step), daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> Checkpoint | None:
+        """Wait until the last save is complete, and return the newest complete checkpoint.
+
+        Raises:
+            CheckpointError: the save failed on some rank.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if isinstance(self._outcome, str):
+                raise CheckpointError(self._outcome)
+            self.last = self._outcome or self.last
+        return self.last
+
+    def close(self) -> None:
+        """On the way out after an error: give a save that is under way a chance to complete."""
+        if self._thread is not None:
+            self._thread.join(CLOSING_SECONDS)
+
+    def _snapshot(self, folder: Path) -> Writers:
+        """Copies of all that this rank has to write."""
+        rank = dist.get_rank()
+        deepspeed = self._engine.deepspeed
+        deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        writers: Writers = {f"rng_rank_{rank:05d}.pt": _torch_saver(_rng_state())}
+        some_applied = deepspeed.global_steps > deepspeed.skipped_steps
+        for kind in ("model", *(["ema"] if self._with_ema else [])):
+            ema = kind == "ema" and some_applied  # before the first step the average is the weights
+            weights = self._gather(ema)
+            if rank == 0:
+                writers[f"{kind}.safetensors"] = _safetensors_saver(weights)
+        for path, content in self._snapshots.take().items():
+            writers[path.name] = _torch_saver(content)
+        return writers
+
+    def _gather(self, ema: bool) -> dict[str, Tensor]:
+        from blip3o_ds.training.snapshot import copy_to_host
+
+        keep = dist.get_rank() == 0
+        weights = each_weight(self._engine.module, self._engine.optimizer, ema)
+        return {name: copy_to_host(weight) for name, weight in weights if keep}
+
+    def _write(self, writers: Writers, temporary: Path, checkpoint: Checkpoint, pinned_step: int | None) -> None:
+        """The thread: the same outcome on every rank, whichever failed."""
+        try:
+            reports: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(reports, _write_files(temporary, writers), group=self._group)
+            outcome: list[Any] = [_complete(temporary, checkpoint, reports) if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(outcome, group=self._group)
+            self._outcome = outcome[0] or checkpoint
+            if dist.get_rank() == 0 and self._outcome is checkpoint:
+                self._drop_old(pinned_step)
+                logger.info("checkpoint %s", checkpoint.path)
+        except Exception as error:  # another rank is gone, or old checkpoints cannot be removed
+            self._outcome = f"{checkpoint.path} was not completed: {error!r}"
+        if isinstance(self._outcome, str):
+            logger.error("%s", self._outcome)
+
+    def _drop_old(self, pinned_step: int | None) -> None:
+        paths = sorted(self._folder.glob("step_*"))
+        for path in paths[: -self._keep_last]:
+            step = int(path.name.removeprefix("step_"))
+            if step != pinned_step and not (self._keep_every and step % self._keep_every == 0):
+                shutil.rmtree(path)
+        if pinned_step is not None and (self._folder / f"step_{pinned_step:08d}").exists():
+            atomic_write_bytes(self._folder / "best", f"step_{pinned_step:08d}".encode())
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Restore the engine (weights, moments, EMA, schedule) and this rank's RNG state.
+    """Restore the engine (weights, moments, EMA, schedule) and this rank's RNG state; every rank must call it.
+
+    The checkpoint may be of another number of ranks or another ZeRO stage. Its files must have been verified.
 
     Raises:
-        CheckpointError: it was written by another number of ranks or at another ZeRO stage.
+        CheckpointError: DeepSpeed cannot load or convert it.
     """
-    world_size = dist.get_world_size()
-    if (checkpoint.world_size, checkpoint.zero_stage) != (world_size, engine.zero_stage):
-        raise CheckpointError(
-            f"{checkpoint.path} was written by {checkpoint.world_size} ranks at ZeRO stage {checkpoint.zero_stage}; "
-            f"this run has {world_size} ranks at stage {engine.zero_stage}. Resume on the same, or start a new run"
-        )
-    loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    if loaded is None:
-        raise CheckpointError(f"{checkpoint.path}: DeepSpeed could not load it")
-    rng_file = checkpoint.path / f"rng_rank_{dist.get_rank():05d}.pt"
-    _restore_rng_state(torch.load(rng_file, weights_only=True))
+    if (checkpoint.world_size, checkpoint.zero_stage) == (dist.get_world_size(), engine.zero_stage):
+        loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+        if loaded is None:
+            raise CheckpointError(f"{checkpoint.path}: DeepSpeed could not load it")
+    else:
+        load_elastic(engine, checkpoint)
+    writer = dist.get_rank() % checkpoint.world_size
+    _restore_rng_state(torch.load(checkpoint.path / f"rng_rank_{writer:05d}.pt", weights_only=True))
 
 
-def _save_full_weights(engine: Engine, folder: Path, with_ema: bool) -> None:
-    kinds = {"model.safetensors": False, **({"ema.safetensors": True} if with_ema else {})}
-    for name, ema in kinds.items():
-        weights = gather_weights(engine.module, engine.optimizer, ema)
-        if dist.get_rank() == 0:
-            safetensors.torch.save_file(weights, folder / name)
+def _write_files(folder: Path, writers: Writers) -> dict[str, Any] | str:
+    """What the seal will say of each file, or why they could not be written."""
+    from blip3o_ds.training.snapshot import write_verified
+
+    try:
+        return {name: write_verified(folder / name, write) for name, write in writers.items()}
+    except Exception as error:
+        return f"rank {dist.get_rank()}: {error}"
 
 
-def _seal(folder: Path, step: int, zero_stage: int, state: dict[str, Any]) -> None:
-    files = {}
-    for path in _files(folder):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    seal = {
-        "step": step,
-        "world_size": dist.get_world_size(),
-        "zero_stage": zero_stage,
-        "state": state,
-        "files": files,
-    }
-    atomic_write_json(folder / SEAL, seal)
+def _complete(temporary: Path, checkpoint: Checkpoint, reports: list[dict[str, Any] | str]) -> str | None:
+    """Seal and rename, or remove the folder and say what went wrong."""
+    failures = [report for report in reports if isinstance(report, str)]
+    try:
+        if failures:
+            raise OSError("; ".join(failures))
+        files = {name: record for report in reports for name, record in report.items()}
+        for name, record in files.items():
+            if (temporary / name).stat().st_size != record["bytes"]:  # as seen from here, on a shared file system
+                raise OSError(f"{temporary / name} does not have the {record['bytes']} bytes that were written")
+        seal_checkpoint(temporary, checkpoint, files)
+        if checkpoint.path.exists():  # the same step again, after going back to an earlier one
+            shutil.rmtree(checkpoint.path)
+        os.rename(temporary, checkpoint.path)
+        fsync_dir(checkpoint.path.parent)
+        atomic_write_bytes(checkpoint.path.parent / "latest", checkpoint.path.name.encode())  # for DeepSpeed's tools
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        return f"{checkpoint.path} was not written: {error}"
+    return None
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+def _torch_saver(content: Any) -> Callable[[BinaryIO], Any]:
+    return lambda file: torch.save(content, file)
 
 
-def _drop_old(folder: Path, keep_last: int) -> None:
-    for path in sorted(folder.glob("step_*"))[:-keep_last]:
-        shutil.rmtree(path)
-
-
-def _remove_partial(folder: Path) -> None:
-    for path in folder.glob(".step_*.partial"):
-        shutil.rmtree(path)
+def _safetensors_saver(weights: dict[str, Tensor]) -> Callable[[BinaryIO], Any]:
+    return lambda file: file.write(safetensors.torch.save(weights))
 
 
 def _rng_state() -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ and restored by the same checkpoint; nothing else has to know of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -39,16 +41,17 @@ def _update_one(state: dict, weight: Tensor, decay: float) -> None:
 def gather_weights(module: nn.Module, optimizer: torch.optim.Optimizer, ema: bool) -> dict[str, Tensor]:
     """The whole state dict of `module` in fp32 on the CPU of every rank: the EMA, or the fp32 master weights.
 
-    Every rank must call it (a collective under ZeRO 1 to 3). `optimizer` is the engine's, used at stage 0 alone.
+    Every rank must call it (a collective under ZeRO 1 to 3). `optimizer` is the engine's.
     """
+    return {name: weight.cpu().clone() for name, weight in each_weight(module, optimizer, ema)}
+
+
+def each_weight(module: nn.Module, optimizer: torch.optim.Optimizer, ema: bool) -> Iterator[tuple[str, Tensor]]:
+    """What `gather_weights` gathers, one by one and on the device; every rank must take them all."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # ZeRO-1/2 link parameters to the optimizer's states once, when the first group has stepped and the others
-        # have no state yet, and keep the links after a load has replaced the states: link anew.
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-    weights = {}
+    link_states(optimizer)
+    names = set()
     for name, parameter in module.named_parameters():
         partitioned = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
         if partitioned and ema:
@@ -57,7 +60,18 @@ def gather_weights(module: nn.Module, optimizer: torch.optim.Optimizer, ema: boo
             full = safe_get_full_fp32_param(parameter)
         else:
             full = optimizer.state[parameter][STATE_KEY] if ema else parameter
-        weights[name] = full.detach().float().cpu().clone().contiguous()
-    for name in module.state_dict().keys() - weights.keys():  # the persistent buffers, whole on every rank
-        weights[name] = module.get_buffer(name).detach().float().cpu().clone()
-    return weights
+        names.add(name)
+        yield name, full.detach().float().contiguous()
+    for name in sorted(module.state_dict().keys() - names):  # the persistent buffers, whole on every rank
+        yield name, module.get_buffer(name).detach().float()
+
+
+def link_states(optimizer: torch.optim.Optimizer) -> None:
+    """Let DeepSpeed's safe_get and safe_set functions find the optimizer's present states.
+
+    ZeRO-1 and 2 link parameters to states once, when the first group has stepped and the others have no state yet, and
+    keep the links after a load has replaced the states.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()

@@ -162,6 +162,8 @@ class Engine:
         optimizer = _build_optimizer(model, train, fused=device.type == "cuda")
         if train.ema_decay:
             attach_ema(optimizer, train.ema_decay)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.stepped_names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]  # its order
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, train, total_steps)
         )

@@ -32,9 +32,13 @@ class StepMeter:
         self.last: dict[str, Any] | None = None
         self._reset()
         self._mark = time.monotonic()
+        self._own_start = self._moment()
 
     def add(self, result: FlowLoss, batch: Batch) -> None:
-        """Count one micro-batch, expanded, on the device."""
+        """Count one micro-batch, expanded, on the device, between its forward and its backward pass."""
+        if self._own_start is not None:
+            self._own_spans.append((self._own_start, self._moment()))
+            self._own_start = None
         with torch.no_grad():
             norms = [x.float().norm(dim=-1).mean() for x in (batch.clip, batch.eva)]
             values = (*(field.mean() for field in result), *norms)
@@ -54,10 +58,12 @@ class StepMeter:
             self._learning_rate = learning_rate
         self._pending.zero_()
         self._pending_batches = 0
+        self._own_start = self._moment()
 
     def exclude_pause(self) -> None:
         """Do not count the time since the step ended (saving, evaluation) as training."""
         self._mark = time.monotonic()
+        self._own_start = self._moment()
 
     def reduce(self) -> dict[str, float] | None:
         """The metrics since the last call, the same on every rank; None if every step of them was skipped."""
@@ -78,6 +84,7 @@ class StepMeter:
             "data_wait_fraction": (self._loader.wait_seconds - self._waited) / self._seconds,
             "memory_gb": peak_memory_gb(self._device),
         }
+        metrics |= self._spread()
         if bad_samples := int(totals[-1]):
             metrics["bad_samples"] = bad_samples  # reads of all ranks since the start that were given another sample
         if self._peak:
@@ -86,7 +93,35 @@ class StepMeter:
         self._reset()
         return metrics
 
+    def _spread(self) -> dict[str, float]:
+        """How far the slowest rank is behind: `own_time_max_over_median` over ranks, and which it is; a collective.
+
+        Collectives make all ranks' steps equally long, so a rank's own time is what passes before the first of them:
+        waiting for data and the first forward pass of a step (under ZeRO-3 this has gathers in it, which blur it).
+        """
+        own = torch.tensor([sum(map(self._span_seconds, self._own_spans))], dtype=torch.float64, device=self._device)
+        all_own = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_own, own)
+        seconds = torch.cat(all_own).cpu()
+        slowest = int(seconds.argmax())
+        return {"own_time_max_over_median": float(seconds[slowest] / seconds.median()), "slowest_rank": slowest}
+
+    def _moment(self) -> float | torch.cuda.Event:
+        """Now, in this rank's stream of work: on a GPU the host runs ahead of it."""
+        if self._device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _span_seconds(self, span: tuple[Any, Any]) -> float:
+        start, end = span
+        if self._device.type != "cuda":
+            return end - start
+        return start.elapsed_time(end) / 1000
+
     def _reset(self) -> None:
+        self._own_spans: list[tuple[Any, Any]] = []
         self._sums = torch.zeros(len(AVERAGED), dtype=torch.float64, device=self._device)
         self._pending = torch.zeros_like(self._sums)
         self._batches = self._pending_batches = self._samples = 0

@@ -40,15 +40,24 @@ class MetricsWriter:
     """Writes metrics to `run_dir/metrics.jsonl` and `run_dir/tensorboard`; on ranks other than 0 it does nothing."""
 
     def __init__(self, run_dir: Path, rank: int, resumed_step: int = 0) -> None:
+        self._run_dir = run_dir
         self._file = None
-        if rank != 0:
-            return
+        if rank == 0:
+            self._open(resumed_step)
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines of later steps, which will be taken again."""
+        if self._file is not None:
+            self.close()
+            self._open(step)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
-        drop_lines_after(path, resumed_step)
+        path = self._run_dir / "metrics.jsonl"
+        drop_lines_after(path, step)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (close() closes it)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of training metrics, averaged since the line before."""

@@ -6,55 +6,49 @@ and resumed goes on exactly as if it had not been.
 
 from __future__ import annotations
 
-import datetime
-import json
 import logging
 import math
-import platform
-import subprocess
+import os
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import blip3o_ds
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.faults import FaultLog
 from blip3o_ds.data.loader import EmbeddingLoader
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.order import GlobalOrder
 from blip3o_ds.data.shards import EmbeddingDataset
-from blip3o_ds.errors import CheckpointError, ConfigError, TrainingError
+from blip3o_ds.errors import ConfigError, TrainingError
 from blip3o_ds.evaluation.baselines import Baselines, fit_baselines
 from blip3o_ds.evaluation.report import EvalResult, evaluate, format_table
-from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, Checkpoint, find_checkpoint
+from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, Checkpoint, find_checkpoint
 from blip3o_ds.files import atomic_write_json
 from blip3o_ds.flow.objective import FlowObjective
 from blip3o_ds.model.dit import DiT
-from blip3o_ds.training.checkpoint import load_checkpoint, save_checkpoint
+from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint
 from blip3o_ds.training.debug import DebugProbe
 from blip3o_ds.training.ema import gather_weights
 from blip3o_ds.training.engine import Engine, init_distributed
+from blip3o_ds.training.faults import BAD_BATCHES, SpikeDetector, record_bad_batch
 from blip3o_ds.training.meter import StepMeter
+from blip3o_ds.training.peers import PeerWatch
+from blip3o_ds.training.preemption import StopSignal, requeue_or_explain
+from blip3o_ds.training.run_folder import keep_global_batch, prepare_run_dir
 from blip3o_ds.training.telemetry import MetricsWriter, Progress, format_duration, setup_logging
 
 logger = logging.getLogger(__name__)
 
-# A run is resumed only if these are as they were: they decide what the remaining steps compute.
-FIXED_ON_RESUME = (
-    *("model", "flow", "data.train_dir", "data.normalization", "data.max_shards", "data.window_shards"),
-    *("train.micro_batch_size", "train.gradient_accumulation_steps", "train.learning_rate", "train.min_lr_ratio"),
-    *("train.warmup_steps", "train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_eps"),
-    *("train.max_grad_norm", "train.precision", "train.ema_decay", "train.seed", "train.overfit_test_size"),
-    *("train.num_epochs", "train.max_steps"),
-)
-
 
 def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
     """Train, evaluate, and return what `final_summary.json` holds; every rank calls it.
+
+    After SIGUSR1 or SIGTERM it ends early, with a checkpoint of its last step, and returns no `evaluation`.
 
     Args:
         resume: a run folder, or `latest` for the newest one in `train.output_dir`; None starts a new run.
@@ -62,16 +56,20 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: the settings do not fit each other, the data, or the run that is resumed.
         DataError, CheckpointError: what is read is not what it should be.
-        TrainingError: loss or gradient is not finite, with the last good checkpoint named.
+        TrainingError: loss or gradient is not finite, with the last good checkpoint named; or another rank is gone.
     """
     with ExitStack() as stack:
         rank, world_size, device = init_distributed(config.train.timeout_seconds)
         setup_logging(rank)
+        stack.enter_context(PeerWatch(config.train.peer_timeout_seconds))
+        stop = stack.enter_context(StopSignal())
         faults = FaultLog(config.data.on_bad_sample, config.data.on_bad_shard)
         dataset = open_train_data(config, faults)
         run_dir = prepare_run_dir(config, resume, rank)
         setup_logging(rank, run_dir / "clip_reproduction_training.log")
         faults.write_to(run_dir / "bad_samples.jsonl", rank)
+        if resume:
+            config = keep_global_batch(config, run_dir, world_size)
         normalizer, baselines = prepare_statistics(config, dataset, run_dir, rank, device)
         splits = open_eval_data(config, dataset, faults)
 
@@ -94,8 +92,17 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 device=device,
             )
         )
-        last_good = restore(engine, loader, run_dir, resume)
-        start_step = last_good.step if last_good else 0
+        saver = CheckpointWriter(
+            engine,
+            run_dir / CHECKPOINTS,
+            with_ema=config.train.ema_decay > 0,
+            keep_last=config.train.keep_last,
+            keep_every=config.train.keep_every,
+        )
+        stack.callback(saver.close)
+        saver.last = restore(engine, loader, run_dir) if resume else None
+        start_step = saver.last.step if saver.last else 0
+        best = saver.last.state["best"] if saver.last else None
         writer = MetricsWriter(run_dir, rank, start_step)
         stack.callback(writer.close)
         logger.info(
@@ -117,81 +124,100 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         meter = StepMeter(config, loader, device)
         probe = DebugProbe(engine) if config.train.debug_mode else None
         progress = Progress(total_steps, start_step)
-        last_saved = last_good.path if last_good else None
-        skipped_in_a_row = 0
+        spikes = SpikeDetector()
+        evaluate_splits = partial(evaluate_now, config, engine, flow, normalizer, baselines, splits)
+        skipped_in_a_row = rollbacks = 0
+        received = None
         began = time.monotonic()
 
-        for step in range(start_step + 1, total_steps + 1):
-            for batch in loader.next_step():
-                batch = batch.expand()
+        step = start_step
+        while step < total_steps and received is None:
+            step += 1
+            keys, losses = [], []
+            for stored in loader.next_step():
+                batch = stored.expand()
+                keys += batch.keys
                 clip, eva = normalizer.clip(batch.clip), normalizer.eva(batch.eva)
                 noise, t, drop = flow.sample_noise_and_time(
                     batch.positions, tuple(clip.shape[1:]), config.train.seed, device
                 )
                 result = flow.loss(engine, clip, eva, noise, t, drop)
-                engine.backward(result.loss)
+                losses.append(result.mse.detach())
                 meter.add(result, batch)
+                engine.backward(result.loss)
                 if probe:
                     probe.add(result, t)
                 learning_rate = engine.learning_rate
                 if probe:
                     probe.before_step()
                 report = engine.step()
+            meter.finish_step(report, learning_rate)
 
             if report.applied:
                 skipped_in_a_row = 0
             elif not report.lowered_loss_scale:
                 skipped_in_a_row += 1
-                stop_if_not_finite(skipped_in_a_row, config, step, last_saved)
-            meter.finish_step(report, learning_rate)
+                logger.warning("step %d skipped: the gradient is not finite (%d in a row)", step, skipped_in_a_row)
+                record_bad_batch(run_dir, step, keys, losses)
+                if skipped_in_a_row > config.train.max_skipped_steps:
+                    step = roll_back(engine, saver, run_dir, config, step, rollbacks)
+                    rollbacks, skipped_in_a_row = rollbacks + 1, 0
+                    writer.rewind(step)
+                    progress = Progress(total_steps, step)
+                    meter.exclude_pause()
+                    continue
 
             if step % config.train.log_every == 0 or step == total_steps:
                 metrics = meter.reduce()
                 if metrics is not None:
                     metrics |= probe.reduce() if probe else {}
+                    metrics["loss_z_score"] = spikes.score(metrics["loss"])
+                    if spikes.is_spike(metrics["loss_z_score"]):
+                        logger.warning(
+                            "step %d: the loss spikes: %.4f, z = %.1f", step, metrics["loss"], metrics["loss_z_score"]
+                        )
                     writer.train(step, metrics)
                     progress.log(step, metrics)
-            if (config.train.save_every and step % config.train.save_every == 0) or step == total_steps:
-                last_saved = save_checkpoint(
-                    engine,
-                    run_dir / CHECKPOINTS,
-                    step,
-                    {"loader": loader.state_dict(), "total_steps": total_steps},
-                    with_ema=config.train.ema_decay > 0,
-                    keep_last=config.train.keep_last,
-                )
-                logger.info("checkpoint %s", last_saved)
-            if config.train.eval_every and step % config.train.eval_every == 0 and step < total_steps:
-                results = evaluate_now(config, engine, flow, normalizer, baselines, splits, config.eval.max_samples)
+            received = stop.agreed()
+            save_now = is_due(step, config.train.save_every) or step == total_steps or received is not None
+            if is_due(step, config.train.eval_every) and step < total_steps and received is None:
+                results = evaluate_splits(config.eval.max_samples)
                 record_evaluation(writer, step, results)
+                if best is None or score(results) > best["score"]:
+                    best, save_now = {"step": step, "score": score(results)}, True
+            if save_now:
+                state = {"loader": loader.state_dict(), "total_steps": total_steps, "best": best}
+                saver.save(step, state, pinned_step=best and best["step"])
             meter.exclude_pause()
 
-        train_seconds = time.monotonic() - began
-        results = evaluate_now(config, engine, flow, normalizer, baselines, splits, None)
-        record_evaluation(writer, total_steps, results)
-        summary = {
-            "run_dir": str(run_dir),
-            "num_parameters": num_parameters,
-            "steps": total_steps,
-            "evaluation": {split: result.to_dict() for split, result in results.items()},
+        last_saved = saver.finish()
+        training = {
+            "status": "finished" if received is None else f"stopped by {received.name}",
+            "steps": step,
+            "resumed_from_step": start_step,
+            "seconds": time.monotonic() - began,
+            "samples_seen": loader.state_dict()["samples_consumed"],
+            "skipped_steps": engine.deepspeed.skipped_steps,
+            "rollbacks": rollbacks,
+            "last_metrics": meter.last,
+            "checkpoint": str(last_saved.path),
         }
-        if config.train.overfit_test_size:
-            summary["overfit_test"] = overfit_verdict(results["overfit"])
+        logger.info("trained %d steps in %s", step - start_step, format_duration(training["seconds"]))
+        summary = {"run_dir": str(run_dir), "num_parameters": num_parameters, "steps": step}
+        if received is None:
+            results = evaluate_splits(None)
+            record_evaluation(writer, total_steps, results)
+            summary["evaluation"] = {split: result.to_dict() for split, result in results.items()}
+            if config.train.overfit_test_size:
+                summary["overfit_test"] = overfit_verdict(results["overfit"])
         if rank == 0:
-            training = {
-                "status": "finished",
-                "steps": total_steps,
-                "resumed_from_step": start_step,
-                "seconds": train_seconds,
-                "samples_seen": total_steps * global_batch,
-                "skipped_steps": engine.deepspeed.skipped_steps,
-                "last_metrics": meter.last,
-                "checkpoint": str(last_saved),
-            }
             atomic_write_json(run_dir / "training_summary.json", training)
-            atomic_write_json(run_dir / "final_summary.json", summary)
-        logger.info("trained %d steps in %s", total_steps - start_step, format_duration(train_seconds))
+            if received is None:
+                atomic_write_json(run_dir / "final_summary.json", summary)
         dist.barrier()
+        if rank == 0 and received is not None:
+            logger.info("stopped by %s after step %d of %d, saved", received.name, step, total_steps)
+            requeue_or_explain(run_dir, received, os.environ)
         return summary
 
 
@@ -260,88 +286,6 @@ def open_eval_data(config: RunConfig, train_data: EmbeddingDataset, faults: Faul
     return {"train": train_data}
 
 
-def prepare_run_dir(config: RunConfig, resume: str | None, rank: int) -> Path:
-    """Make `output_dir/clip_repro_YYYYMMDD_HHMMSS` with `experiment_config.json`, or find the run to resume."""
-    if config.train.output_dir is None:
-        raise ConfigError("train.output_dir is not set; give --output_dir DIR, where runs are kept")
-    outcome: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            output_dir = Path(config.train.output_dir)
-            outcome[0] = str(_resumed_run(config, output_dir, resume) if resume else _new_run(config, output_dir))
-        except (ConfigError, CheckpointError, OSError) as error:
-            outcome[1] = error  # raised on every rank, so that none waits for another
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return Path(outcome[0])
-
-
-def _new_run(config: RunConfig, output_dir: Path) -> Path:
-    run_dir = output_dir / datetime.datetime.now().strftime("clip_repro_%Y%m%d_%H%M%S")
-    run_dir.mkdir(parents=True)
-    atomic_write_json(
-        run_dir / RUN_CONFIG,
-        {"config": config.model_dump(mode="json"), **describe_environment()},
-    )
-    return run_dir
-
-
-def _resumed_run(config: RunConfig, output_dir: Path, resume: str) -> Path:
-    if resume == "latest":
-        runs = sorted(output_dir.glob("clip_repro_*"))
-        if not runs:
-            raise CheckpointError(f"{output_dir}: there is no run to resume; leave --resume out to start one")
-        run_dir = runs[-1]
-    else:
-        run_dir = Path(resume)
-    try:
-        saved = json.loads((run_dir / RUN_CONFIG).read_text())["config"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{run_dir}: not a run folder, {RUN_CONFIG} is missing") from None
-    now = config.model_dump(mode="json")
-    for name in FIXED_ON_RESUME:
-        before, after = _lookup(saved, name), _lookup(now, name)
-        if before != after:
-            raise ConfigError(
-                f"{name} was {before!r} when {run_dir} began and is {after!r} now; resume with the former"
-            )
-    return run_dir
-
-
-def _lookup(settings: dict, dotted: str) -> Any:
-    for part in dotted.split("."):
-        settings = settings.get(part)
-    return settings
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, machine and git state, to stand beside a run's settings."""
-    import deepspeed
-
-    root = Path(blip3o_ds.__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "versions": {
-            "blip3o_ds": blip3o_ds.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "python": platform.python_version(),
-        },
-        "git": git.stdout.strip() or None,
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
-        "world_size": dist.get_world_size(),
-        "threads_per_rank": torch.get_num_threads(),
-    }
-
-
 def prepare_statistics(
     config: RunConfig, dataset: EmbeddingDataset, run_dir: Path, rank: int, device: torch.device
 ) -> tuple[Normalizer, Baselines]:
@@ -374,13 +318,9 @@ def build_model(config: RunConfig, baselines: Baselines) -> DiT:
     return model
 
 
-def restore(engine: Engine, loader: EmbeddingLoader, run_dir: Path, resume: str | None) -> Checkpoint | None:
+def restore(engine: Engine, loader: EmbeddingLoader, run_dir: Path) -> Checkpoint | None:
     """Load the newest whole checkpoint of a resumed run; None means from the beginning."""
-    if resume is None:
-        return None
-    found: list[Any] = [find_checkpoint(run_dir / CHECKPOINTS) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    checkpoint: Checkpoint | None = found[0]
+    checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         logger.warning("%s has no checkpoint yet: starting it from its beginning", run_dir)
         return None
@@ -390,17 +330,46 @@ def restore(engine: Engine, loader: EmbeddingLoader, run_dir: Path, resume: str 
     return checkpoint
 
 
-def stop_if_not_finite(skipped_in_a_row: int, config: RunConfig, step: int, last_saved: Path | None) -> None:
-    """Warn of a skipped step, or stop the run when there were too many in a row."""
-    if skipped_in_a_row <= config.train.max_skipped_steps:
-        logger.warning("step %d skipped: the gradient is not finite (%d in a row)", step, skipped_in_a_row)
-        return
-    saved = f"the last good checkpoint is {last_saved}" if last_saved else "no checkpoint was written yet"
-    raise TrainingError(
-        f"step {step}: loss or gradient is not finite, {skipped_in_a_row} steps in a row "
-        f"(train.max_skipped_steps = {config.train.max_skipped_steps}); weights were not changed by them; {saved}. "
-        "Lower train.learning_rate, or look for the cause with --debug_mode"
-    )
+def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are whole, the same on every rank."""
+    found: list[Any] = [find_checkpoint(run_dir / CHECKPOINTS) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def roll_back(
+    engine: Engine, saver: CheckpointWriter, run_dir: Path, config: RunConfig, step: int, rollbacks: int
+) -> int:
+    """Go back to the last checkpoint and return its step; the data goes on behind the batches that failed.
+
+    Going through the same samples again would end in the same place, since a step is a function of its samples.
+
+    Raises:
+        TrainingError: there is no checkpoint, or the run has gone back `train.max_rollbacks` times already.
+    """
+    saver.finish()
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None or rollbacks >= config.train.max_rollbacks:
+        saved = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written yet"
+        raise TrainingError(
+            f"step {step}: loss or gradient is not finite, more than train.max_skipped_steps = "
+            f"{config.train.max_skipped_steps} steps in a row, after {rollbacks} of train.max_rollbacks = "
+            f"{config.train.max_rollbacks} returns to a checkpoint; {saved}, the samples are in "
+            f"{run_dir / BAD_BATCHES}. Lower train.learning_rate, or look for the cause with --debug_mode"
+        )
+    load_checkpoint(engine, checkpoint)
+    logger.warning("back to %s, with the samples after step %d's", checkpoint.path, step)
+    return checkpoint.step
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done `every` so many steps (0: never) is done at this one."""
+    return every > 0 and step % every == 0
+
+
+def score(results: dict[str, EvalResult]) -> float:
+    """What the best checkpoint is best in: `clip_similarity_centered` of the posterior mean, on the first split."""
+    return next(iter(results.values())).readings["posterior_mean"]["clip_similarity_centered"]
 
 
 def evaluate_now(

@@ -15,7 +15,7 @@ from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.schema import DatasetSpec
 from blip3o_ds.data.shards import DatasetWriter, EmbeddingDataset
 from blip3o_ds.evaluation.baselines import fit_baselines
-from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, SEAL
+from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, SEAL, Checkpoint, seal_checkpoint
 from blip3o_ds.files import atomic_write_json, sha256_file
 from blip3o_ds.model.dit import DiT
 
@@ -87,5 +87,4 @@ def seal(checkpoint: Path, step: int) -> None:
         for path in checkpoint.iterdir()
         if path.name != SEAL
     }
-    content = {"step": step, "world_size": 1, "zero_stage": 2, "state": {"a": 1}, "files": files}
-    atomic_write_json(checkpoint / SEAL, content)
+    seal_checkpoint(checkpoint, Checkpoint(checkpoint, step, 1, 2, {"a": 1}), files)

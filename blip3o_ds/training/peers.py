@@ -1,0 +1,120 @@
+"""Knowing that another rank is gone, which one, and not waiting for it without end.
+
+A dead rank shows only as a collective that fails or, with NCCL, never returns. So every rank writes a heartbeat into
+the store at the meeting point, and a thread on each reads those of all others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import threading
+import time
+from types import TracebackType
+
+import torch.distributed as dist
+
+from blip3o_ds.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 10  # for the main thread to end by itself, once a peer is known to be gone
+FAILED = "failed: "
+
+
+class PeerWatch:
+    """While its context lasts, a rank that ends or falls silent for `timeout` seconds ends this one too, named.
+
+    An error of a collective within the context becomes a `TrainingError` that names the rank.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._closing = threading.Event()
+        self._found = threading.Event()
+        self._problem = ""
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeerWatch:
+        if self._world_size > 1:
+            # A connection of its own: the thread must not wait for the main thread's use of the store.
+            self._store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=datetime.timedelta(seconds=self._timeout),
+            )
+            self._store.set(_key(self._rank, "host"), socket.gethostname())
+            self._store.set(_key(self._rank), "0")
+            dist.barrier()  # all are there to be read
+            self._thread = threading.Thread(target=self._run, name="peer-watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        if _of_a_collective(error) and self._found.wait(self._timeout + LAST_WORDS_SECONDS / 2):
+            self._closing.set()
+            raise TrainingError(f"{self._problem}; resume with --resume") from error
+        self._closing.set()
+        self._thread.join()
+        if error is not None:
+            self._store.set(_key(self._rank), f"{FAILED}{error}")
+
+    def _run(self) -> None:
+        beats = 0
+        heard = {rank: ("", time.monotonic()) for rank in range(self._world_size) if rank != self._rank}
+        while not self._closing.wait(self._timeout / 6):
+            beats += 1
+            try:
+                self._store.set(_key(self._rank), str(beats))
+                values = self._store.multi_get([_key(rank) for rank in heard])
+            except RuntimeError as error:  # the store's errors are of this type
+                self._end(f"the meeting point on rank 0 ({os.environ['MASTER_ADDR']}) is gone: {_one_line(error)}")
+                return
+            now = time.monotonic()
+            for rank, value in zip(list(heard), values, strict=True):
+                text = value.decode()
+                if text.startswith(FAILED):
+                    self._end(f"rank {rank} ({self._host(rank)}) {text}")
+                    return
+                if text != heard[rank][0]:
+                    heard[rank] = text, now
+                elif now - heard[rank][1] > self._timeout:
+                    self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard of for {self._timeout:g} s")
+                    return
+
+    def _host(self, rank: int) -> str:
+        return self._store.get(_key(rank, "host")).decode()
+
+    def _end(self, problem: str) -> None:
+        """Let the main thread end with the name, or end the process under it if it is stuck in a collective."""
+        if self._closing.is_set():
+            return
+        self._problem = problem
+        self._found.set()
+        if self._closing.wait(LAST_WORDS_SECONDS):
+            return
+        logger.error("%s; this rank waits for it in vain and ends; resume with --resume", problem)
+        for handler in logging.getLogger("blip3o_ds").handlers:
+            handler.flush()
+        os._exit(1)
+
+
+def _of_a_collective(error: BaseException | None) -> bool:
+    # NCCL's errors have a type; gloo raises plain RuntimeErrors that begin with the source file they come from.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _key(rank: int, what: str = "beat") -> str:
+    return f"blip3o_ds/{what}/{rank}"
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)

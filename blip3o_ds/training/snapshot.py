@@ -1,0 +1,102 @@
+"""DeepSpeed's files of a checkpoint: copied to host memory when it saves, written to disk whenever a thread gets to it.
+
+DeepSpeed gives what it stores to a "checkpoint engine"; ours only copies, so the step waits for memory and not for a
+disk. What it reads is unpickled with tensors, plain containers and the few classes named here admitted, and no code.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import deepspeed.runtime.fp16.loss_scaler as loss_scaler
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from blip3o_ds.files import sha256_file
+
+ADMITTED = [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
+
+
+class SnapshotEngine(CheckpointEngine):
+    """Collects copies of what DeepSpeed saves until `take`; loads without running code from the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._snapshots: dict[Path, Any] = {}
+
+    def create(self, info: Any) -> None:
+        """A save begins; nothing to prepare."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._snapshots[Path(path)] = copy_to_host(state_dict)
+
+    def take(self) -> dict[Path, Any]:
+        """The copies since the last call, by the file that each belongs in; their transfers are complete."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken, self._snapshots = self._snapshots, {}
+        return taken
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(ADMITTED):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # every tensor is copied by itself
+
+
+def copy_to_host(value: Any) -> Any:
+    """A copy that later steps cannot change, tensors in host memory; transfers from a GPU may still be under way."""
+    if isinstance(value, torch.Tensor):
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return host.copy_(value.detach(), non_blocking=True)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, copy_to_host(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(copy_to_host(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def write_verified(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, Any]:
+    """Write a file through `write`, sync it, read it back: its `bytes` and `sha256` as they left memory.
+
+    Raises:
+        OSError: it cannot be written, or the disk gives back something else than it was given.
+    """
+    with open(path, "wb") as file:
+        hashed = _HashingFile(file)
+        write(hashed)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk below
+    if sha256_file(path) != hashed.digest.hexdigest():
+        raise OSError(f"{path}: read back, it is not what was written; the storage is faulty or full")
+    return {"bytes": hashed.size, "sha256": hashed.digest.hexdigest()}
+
+
+class _HashingFile:
+    """The part of a binary file that `torch.save` needs, which hashes what passes through."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        self.size += len(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()

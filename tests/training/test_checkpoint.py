@@ -1,0 +1,185 @@
+"""Checkpoints written behind the training: whole or absent, and what is loaded is what was saved."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blip3o_ds.errors import CheckpointError
+from blip3o_ds.evaluation.runs import SEAL, find_checkpoint
+from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint
+from tests.conftest import PROJECT
+
+
+def writer_of(learner, folder, **policy) -> CheckpointWriter:
+    return CheckpointWriter(learner.engine, folder, with_ema=True, **{"keep_last": 3, **policy})
+
+
+def steps_in(folder) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.glob("step_*"))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_going_back_in_a_living_engine_takes_the_same_steps_again(trainee, tmp_path, stage):
+    learner = trainee(stage)
+    for number in range(3):
+        learner.step(number)
+    writer = writer_of(learner, tmp_path)
+    writer.save(3, {"a": [1]})
+    saved = writer.finish()
+    first = [learner.step(number) for number in range(3, 8)]
+
+    load_checkpoint(learner.engine, saved)
+
+    assert find_checkpoint(tmp_path) == saved
+    assert saved.state == {"a": [1]}
+    assert [learner.step(number) for number in range(3, 8)] == first
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on_while_it_is_written(
+    trainee, tmp_path, monkeypatch, stage
+):
+    from blip3o_ds.training import snapshot
+
+    may_write = threading.Event()
+    write = snapshot.write_verified
+    monkeypatch.setattr(snapshot, "write_verified", lambda *args: may_write.wait(30) and write(*args))
+    learner = trainee(stage)
+    learner.step(0)
+    expected = learner.weights(), learner.weights(ema=True)
+    writer = writer_of(learner, tmp_path)
+
+    writer.save(1, {})
+    later = [learner.step(number) for number in range(1, 4)]  # the disk is still waiting
+    assert steps_in(tmp_path) == []
+    may_write.set()
+    saved = writer.finish()
+
+    for name, weights in zip(("model", "ema"), expected, strict=True):
+        found = load_file(saved.path / f"{name}.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in weights.items())
+    load_checkpoint(learner.engine, saved)
+    assert [learner.step(number) for number in range(1, 4)] == later
+
+
+def test_the_newest_are_kept_and_every_nth_and_the_best(trainee, tmp_path):
+    learner = trainee(2)
+    learner.step(0)
+    writer = writer_of(learner, tmp_path, keep_last=2, keep_every=4)
+
+    for step in range(1, 11):
+        writer.save(step, {}, pinned_step=3 if step >= 3 else None)
+    writer.finish()
+
+    assert steps_in(tmp_path) == [3, 4, 8, 9, 10]
+    assert (tmp_path / "best").read_text() == "step_00000003"
+    assert (tmp_path / "latest").read_text() == "step_00000010"
+
+
+def test_a_write_that_fails_is_an_error_at_the_next_save_and_leaves_the_former_checkpoint(
+    trainee, tmp_path, monkeypatch
+):
+    from blip3o_ds.training import snapshot
+
+    learner = trainee(2)
+    learner.step(0)
+    writer = writer_of(learner, tmp_path)
+    writer.save(1, {})
+    writer.finish()
+
+    def full(path, write):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(snapshot, "write_verified", full)
+    writer.save(2, {})
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not written: rank 0: .*No space left"):
+        writer.save(3, {})
+
+    assert [path.name for path in tmp_path.glob("*step*")] == ["step_00000001"]
+    assert find_checkpoint(tmp_path).step == 1
+
+
+def test_a_disk_that_gives_back_something_else_is_noticed(tmp_path, monkeypatch):
+    from blip3o_ds.training import snapshot
+
+    monkeypatch.setattr(snapshot.os, "fsync", lambda _: (tmp_path / "file").write_bytes(b"contenT"))
+
+    with pytest.raises(OSError, match="not what was written"):
+        snapshot.write_verified(tmp_path / "file", lambda file: file.write(b"content"))
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code from a file ran",)
+
+
+def test_no_code_is_run_from_a_file(tmp_path, capsys):
+    from blip3o_ds.training.snapshot import SnapshotEngine
+
+    torch.save({"module": Code()}, tmp_path / "states.pt")
+
+    with pytest.raises(Exception, match="Weights only load failed"):
+        SnapshotEngine().load(str(tmp_path / "states.pt"))
+    assert "code from a file ran" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(one_rank, tmp_path_factory):
+    """A folder with real checkpoints of steps 1 and 2."""
+    from tests.training.conftest import Trainee
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    learner = Trainee(2)
+    writer = writer_of(learner, folder)
+    for step in (1, 2):
+        learner.step(step)
+        writer.save(step, {})
+    writer.finish()
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_damage_at_any_byte_of_any_file_leads_to_the_checkpoint_before(two_checkpoints, tmp_path, damage):
+    generator = random.Random(0)
+    newest = two_checkpoints / "step_00000002"
+    files = sorted(newest.iterdir())
+    assert {"ema.safetensors", "model.safetensors", SEAL} < {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        places = {0, 1, len(content) // 2, len(content) - 1, *(generator.randrange(len(content)) for _ in range(12))}
+        for place in places:
+            if damage == "flip":
+                damaged = bytearray(content)
+                damaged[place] ^= 1 << generator.randrange(8)
+            else:
+                damaged = content[:place]
+            path.write_bytes(damaged)
+            try:
+                found = find_checkpoint(two_checkpoints)
+            finally:
+                path.write_bytes(content)
+
+            # In the seal, blanks and the last line's end carry nothing: with them changed it says the same.
+            assert found.step == 1 or (path.name == SEAL and not content[place : place + 1].strip()), (path, place)
+    assert find_checkpoint(two_checkpoints).step == 2
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_moments_nothing_complete_is_lost_and_nothing_torn_is_loaded(tmp_path):
+    script = PROJECT / "tests" / "training" / "killed_saver.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "50"], capture_output=True, text=True, cwd=PROJECT, timeout=280
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "50 kills" in done.stdout
+    shutil.rmtree(tmp_path)
