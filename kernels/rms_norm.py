@@ -72,33 +72,41 @@ def _backward_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["B", "splits"])
-def _gain_gradients_kernel(
-    partial, weight, factor, d_weight, d_factor, factor_b, B, splits,
-    D: tl.constexpr, BD: tl.constexpr, SAMPLES: tl.constexpr, GATE: tl.constexpr,
+@triton.jit(do_not_specialize=["splits"])
+def _factor_gradient_kernel(
+    partial, weight, factor, d_factor, products, factor_b, splits,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    d = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    total = sum_rows(partial + b * splits * D, d, splits, D, BD, ROWS)
+    value = load_row(factor + b * factor_b, d, D)
+    gradient = load_row(weight, d, D) * total
+    if GATE:
+        value = tanh(value)
+        gradient *= 1 - value * value
+    else:
+        value += 1
+    tl.store(d_factor + b * D + d, rounded(gradient, d_factor.dtype.element_ty), mask=d < D)
+    tl.store(products + b * D + d, value * total, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _column_sums_kernel(rows, sums, count, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
     d = tl.program_id(0) * BD + tl.arange(0, BD)
-    gain = load_row(weight, d, D)[None, :]
-    total = tl.zeros([SAMPLES, BD], tl.float32)
-    for first in range(0, B, SAMPLES):
-        b = (first + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
-        inside = (b < B) & (d < D)[None, :]
-        sample = tl.zeros([SAMPLES, BD], tl.float32)
-        for split in range(splits):
-            sample += tl.load(partial + (b * splits + split) * D + d[None, :], mask=inside, other=0)
-        if factor is not None:
-            value = tl.load(factor + b * factor_b + d[None, :], mask=inside, other=0).to(tl.float32)
-            if GATE:
-                value = tanh(value)
-                out = gain * sample * (1 - value * value)
-            else:
-                value += 1
-                out = gain * sample
-            tl.store(d_factor + b * D + d[None, :], rounded(out, d_factor.dtype.element_ty), mask=inside)
-            sample *= value
-        total += sample
-    out = tl.sum(total, axis=0)
-    tl.store(d_weight + d, rounded(out, d_weight.dtype.element_ty), mask=d < D)
+    total = sum_rows(rows, d, count, D, BD, ROWS)
+    tl.store(sums + d, rounded(total, sums.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def sum_rows(rows, d, count, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    """Sum of `[count, D]` fp32 over its rows, at channels d, in an order that depends on the count alone."""
+    total = tl.zeros([ROWS, BD], tl.float32)
+    for first in range(0, count, ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        total += tl.load(rows + row * D + d[None, :], mask=(row < count) & (d < D)[None, :], other=0)
+    return tl.sum(total, axis=0)
 
 
 def launch_forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
@@ -145,14 +153,18 @@ def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate:
     """
     B, splits, D = partial.shape
     d_weight = torch.empty_like(weight)
-    d_factor = weight.new_empty(0) if factor is None else torch.empty(B, D, dtype=factor.dtype, device=weight.device)
-    samples, num_warps = 32, 4
-    if factor is None:  # nothing is asked for each sample: one long sum
-        B, splits, samples, num_warps = B * splits, 1, 128, 8
     with torch.cuda.device_of(partial):
-        _gain_gradients_kernel[(cdiv(D, 32),)](
-            partial, weight, factor, d_weight, d_factor, row_stride(factor), B, splits,
-            D, 32, samples, gate, num_warps=num_warps, num_stages=1,
+        if factor is None:
+            rows, d_factor = partial.view(B * splits, D), weight.new_empty(0)
+        else:
+            rows = torch.empty(B, D, dtype=torch.float32, device=weight.device)
+            d_factor = torch.empty(B, D, dtype=factor.dtype, device=weight.device)
+            _factor_gradient_kernel[(B * cdiv(D, 64),)](
+                partial, weight, factor, d_factor, rows, factor.stride(0), splits,
+                D, 64, 32, gate, num_warps=4, num_stages=1,
+            )  # fmt: skip
+        _column_sums_kernel[(cdiv(D, 32),)](
+            rows, d_weight, rows.shape[0], D, 32, 128, num_warps=8, num_stages=1
         )  # fmt: skip
     return d_weight, d_factor
 

@@ -66,7 +66,7 @@ stage() { # name, budget, command...
 }
 
 # Processes share the compiling; what is marked as one group stays in one of them.
-stage tests "$tests_budget" "$python" -m pytest tests/gpu -q -n 6 --dist loadgroup -p no:cacheprovider
+stage tests "$tests_budget" "$python" -m pytest tests/gpu -q -n 10 --dist loadgroup -p no:cacheprovider
 stage tune "$((tune_budget + 20))" "$python" scripts/tune_kernels.py --budget "$tune_budget"
 stage bench "$((bench_budget + 40))" "$python" scripts/bench_kernels.py --budget "$bench_budget" \
     ${out:+--out "$out"} ${commit:+--commit "$commit"}
