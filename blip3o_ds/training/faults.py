@@ -18,8 +18,9 @@ BAD_BATCHES = "bad_batches.jsonl"
 def record_bad_batch(run_dir: Path, step: int, keys: Sequence[str], losses: Sequence[Tensor]) -> list[str]:
     """Append a step that was skipped to `bad_batches.jsonl`; returns the keys of samples whose own loss is not finite.
 
-    Every rank must call it, with its samples' keys and its micro-batches' losses `[B]`. A line holds `step`, `keys` (all samples of
-    the step, over all ranks) and `not_finite` (those whose own loss is not; empty where only the gradient is not).
+    Every rank must call it, with its samples' keys and its micro-batches' losses `[B]`. A line holds `step`, `keys`
+    (all samples of the step, over all ranks) and `not_finite` (those whose own loss is not; empty where only the
+    gradient is not).
     """
     finite = [bool(value) for loss in losses for value in loss.isfinite().tolist()]
     gathered: list[Any] = [None] * dist.get_world_size()
