@@ -12,7 +12,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +36,7 @@ __all__ = ["DatasetWriter", "EmbeddingDataset", "Sample", "ShardReader"]
 
 _OPEN_SHARDS = 64  # a window of the order is 16 shards; the next one opens while this one is still in use
 _MAX_HEADER_BYTES = 1 << 16
-_ADVICE_BYTES = 1 << 17  # the system cuts longer advice off at its readahead, 128 KiB where nobody raised it
+_READAHEAD_BYTES = 1 << 17  # of Linux, where nobody raised it
 _WILLNEED = os.POSIX_FADV_WILLNEED
 _CACHE_WAIT_SECONDS = 60.0  # for other processes of the node to let go of shards in a full cache
 
@@ -60,6 +62,7 @@ class ShardReader:
         self.path = Path(path)
         self.index = ShardIndex.load(index_path(self.path))
         self._file = _open_file(self.path, self.index.num_bytes)
+        self._advice_bytes = _readahead_bytes(os.fstat(self._file.fileno()).st_dev)
         self._header, self._relative, self._in_file_order = self._common_header()
 
     @property
@@ -108,8 +111,8 @@ class ShardReader:
         start, size = (int(self.index.members[name][i]) for name in ("tensors_offset", "tensors_size"))
         if self._is_cached(start) and self._is_cached(start + size - 1):
             return
-        for piece in range(start, start + size, _ADVICE_BYTES):
-            os.posix_fadvise(self._file.fileno(), piece, min(_ADVICE_BYTES, start + size - piece), _WILLNEED)
+        for piece in range(start, start + size, self._advice_bytes):
+            os.posix_fadvise(self._file.fileno(), piece, min(self._advice_bytes, start + size - piece), _WILLNEED)
 
     def meta(self, i: int) -> dict[str, Any]:
         """What came with sample `i`: its caption and whatever else the source had."""
@@ -400,6 +403,17 @@ def _open_file(path: Path, num_bytes: int) -> FileIO:
         return open(path, "rb", buffering=0)
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror}") from error
+
+
+@cache
+def _readahead_bytes(device: int) -> int:
+    """How much the system reads ahead of a file on this device, at which it also cuts off advice to read."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    # A file system has an entry of the first kind, a partition of a disk one of the second.
+    for setting in (f"/sys/class/bdi/{number}/read_ahead_kb", f"/sys/dev/block/{number}/../queue/read_ahead_kb"):
+        with suppress(OSError, ValueError):
+            return max(_READAHEAD_BYTES, int(Path(setting).read_text()) << 10)
+    return _READAHEAD_BYTES
 
 
 def _in_file_order(spec: DatasetSpec, length: int, offsets: dict[str, int], where: str) -> list[StoredTensor]:

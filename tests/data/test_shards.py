@@ -379,13 +379,20 @@ def test_the_whole_of_a_sample_that_is_not_in_memory_is_asked_for(dataset_dir, m
     reader = ShardReader(path)
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.extend(range(start, start + size)))
-    monkeypatch.setattr(shards_module, "_ADVICE_BYTES", 100)
+    monkeypatch.setattr(reader, "_advice_bytes", 100)
     reader.will_need(1)
     assert asked == []  # it was written a moment ago
     monkeypatch.setattr(reader, "_is_cached", lambda offset: False)
     reader.will_need(1)
     start, size = (int(reader.index.members[name][1]) for name in ("tensors_offset", "tensors_size"))
     assert asked == list(range(start, start + size))
+
+
+def test_advice_is_as_long_as_the_system_s_readahead(tmp_path):
+    assert shards_module._readahead_bytes(os.makedev(4095, 1)) == 128 * 1024  # there is no such device
+    found = shards_module._readahead_bytes(tmp_path.stat().st_dev)
+    assert found >= 128 * 1024
+    assert found % 1024 == 0
 
 
 def test_a_header_whose_tensors_leave_a_gap_is_refused(spec):
