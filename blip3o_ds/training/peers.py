@@ -42,6 +42,7 @@ class PeerWatch:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._closing = threading.Event()
         self._found = threading.Event()
+        self._suspecting = False  # a collective failed: a shorter silence is proof
         self._problem = ""
         self._thread: threading.Thread | None = None
 
@@ -66,9 +67,11 @@ class PeerWatch:
     ) -> None:
         if self._thread is None:
             return
-        if _of_a_collective(error) and self._found.wait(self._timeout + LAST_WORDS_SECONDS / 2):
-            self._closing.set()
-            raise TrainingError(f"{self._problem}; resume with --resume") from error
+        if _of_a_collective(error):
+            self._suspecting = True
+            if self._found.wait(self._timeout):
+                self._closing.set()
+                raise TrainingError(f"{self._problem}; go on with --resume") from error
         self._closing.set()
         self._thread.join()
         if error is not None:
@@ -93,8 +96,8 @@ class PeerWatch:
                     return
                 if text != heard[rank][0]:
                     heard[rank] = text, now
-                elif now - heard[rank][1] > self._timeout:
-                    self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard of for {self._timeout:g} s")
+                elif (silence := now - heard[rank][1]) > (self._timeout / 2 if self._suspecting else self._timeout):
+                    self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard of for {silence:.0f} s")
                     return
 
     def _host(self, rank: int) -> str:
@@ -108,7 +111,7 @@ class PeerWatch:
         self._found.set()
         if self._closing.wait(LAST_WORDS_SECONDS):
             return
-        logger.error("%s; this rank waits for it in vain and ends; resume with --resume", problem)
+        logger.error("%s; this rank waits for it in vain and ends; go on with --resume", problem)
         for handler in logging.getLogger("blip3o_ds").handlers:
             handler.flush()
         os._exit(1)

@@ -14,7 +14,6 @@ from blip3o_ds.data.shards import DatasetWriter
 from blip3o_ds.training.faults import SpikeDetector
 from tests.conftest import write_embeddings
 
-
 SHARD, INDEX = GlobalOrder([8] * 5, seed=0).locate(21)  # the sixth batch of four
 BAD = f"sample_{8 * SHARD + INDEX:05d}"
 
