@@ -15,20 +15,14 @@ import time
 from types import TracebackType
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from blip3o_ds.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)  # of a rank that is alive but does not come
+SILENCE_SECONDS = 30.0  # a rank that is not heard of for so long is gone
 LAST_WORDS_SECONDS = 10  # for the main thread to end by itself, once a peer is known to be gone
 FAILED = "failed: "
-
-
-def shorten_timeout() -> None:
-    """From now on a collective that some rank does not join fails after minutes, not after the start's half hour."""
-    _set_pg_timeout(COLLECTIVE_TIMEOUT)
 
 
 class PeerWatch:
@@ -43,7 +37,8 @@ class PeerWatch:
         self._closing = threading.Event()
         self._found = threading.Event()
         self._suspecting = False  # a collective failed: a shorter silence is proof
-        self._problem = ""
+        self._problem = ""  # what the thread found
+        self._last_words = ""  # what the others are told at the end
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeerWatch:
@@ -69,13 +64,13 @@ class PeerWatch:
             return
         if _of_a_collective(error):
             self._suspecting = True
-            if self._found.wait(self._timeout):
-                self._closing.set()
-                raise TrainingError(f"{self._problem}; go on with --resume") from error
+            known = self._found.wait(self._timeout)
+            self._closing.set()
+            problem = self._problem if known else "another rank is gone or cannot be reached; its own output names it"
+            raise TrainingError(f"{problem}; go on with --resume ({_one_line(error)})") from error
+        self._last_words = "" if error is None else f"{FAILED}{_one_line(error)}"
         self._closing.set()
-        self._thread.join()
-        if error is not None:
-            self._store.set(_key(self._rank), f"{FAILED}{error}")
+        self._thread.join(LAST_WORDS_SECONDS)  # not longer: it may be stuck in a network that is cut
 
     def _run(self) -> None:
         beats = 0
@@ -99,6 +94,8 @@ class PeerWatch:
                 elif (silence := now - heard[rank][1]) > (self._timeout / 2 if self._suspecting else self._timeout):
                     self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard of for {silence:.0f} s")
                     return
+        if self._last_words:
+            self._store.set(_key(self._rank), self._last_words)
 
     def _host(self, rank: int) -> str:
         return self._store.get(_key(rank, "host")).decode()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-SETTINGS = {"train.max_steps": 5000, "train.peer_timeout_seconds": 6}
+SETTINGS = {"train.max_steps": 5000, "train.timeout_seconds": 6}
 
 
 @pytest.mark.slow
