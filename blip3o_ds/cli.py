@@ -56,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inference(commands)
     _add_plan(commands)
     _add_compare(commands)
+    slurm = commands.add_parser("slurm", help="job scripts for SLURM").add_subparsers(required=True, metavar="COMMAND")
+    _add_slurm(slurm)
     data = commands.add_parser("data", help="make, check and look at datasets").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -249,6 +251,52 @@ def run_plan(args: argparse.Namespace) -> dict:
     for name, value in plan["memory_gb"].items():
         print(f"{name:>12}: {value:7.2f} GiB per GPU")
     return plan
+
+
+SBATCH_OPTIONS = {  # sbatch's name -> what it is
+    "nodes": "N",
+    "gpus-per-node": "N",
+    "cpus-per-task": "N",
+    "time": "HH:MM:SS",
+    "partition": "NAME",
+    "account": "NAME",
+    "job-name": "NAME",
+}
+
+
+def _add_slurm(commands: Any) -> None:
+    p = _command(commands, "render", run_slurm_render, "print scripts/train_clip_repro.job, filled in")
+    for name, metavar in SBATCH_OPTIONS.items():
+        p.add_argument(f"--{name}", metavar=metavar, type=_positive if metavar == "N" else str)
+    p.add_argument("--chunked_embeddings_dir", metavar="DIR", help="the training set")
+    p.add_argument("--output_dir", metavar="DIR", help="where runs are kept, in a folder of the job's name")
+    p.add_argument("--model_size", choices=preset_names())
+    p.add_argument("--deepspeed_config", metavar="FILE")
+    p.add_argument("--modules", metavar='"A B"', help="what `module load` takes")
+
+
+def run_slurm_render(args: argparse.Namespace) -> dict:
+    from blip3o_ds.planning.job_script import render_job
+
+    script = render_job(
+        {name: getattr(args, name.replace("-", "_")) for name in SBATCH_OPTIONS},
+        {
+            "DATA_DIR": args.chunked_embeddings_dir,
+            "OUTPUT_DIR": args.output_dir,
+            "MODEL_SIZE": args.model_size,
+            "DEEPSPEED_CONFIG": args.deepspeed_config,
+            "MODULES": args.modules,
+        },
+    )
+    print(script, end="")
+    return {"script": script}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return value
 
 
 def _add_data(commands: Any) -> None:

@@ -131,6 +131,7 @@ class TrainConfig(_Section):
     deepspeed_config: str | None = None  # JSON file; without one, ZeRO-2
     ema_decay: float = Field(0.999, ge=0, lt=1)  # 0: no averaging
     seed: int = Field(0, ge=0)
+    timeout_seconds: float = Field(600.0, gt=0)  # a rank that has waited so long for another ends the run
     max_skipped_steps: int = Field(0, ge=0)  # non-finite steps in a row that are skipped before the run goes back
     max_rollbacks: int = Field(1, ge=0)  # times that it goes back to the last checkpoint before it stops
     overfit_test_size: int | None = Field(None, ge=1)  # train and evaluate on the first so many samples alone

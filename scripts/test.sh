@@ -4,6 +4,7 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 cd "$project"
 prepare_environment demo,extract,dev
+install_cluster_packages
 
 say "ruff"
 ruff format --check .

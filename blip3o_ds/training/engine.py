@@ -7,6 +7,7 @@ set here, and a JSON file that contradicts the run's own settings is refused.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -20,23 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from blip3o_ds.config import TrainConfig
-from blip3o_ds.errors import ConfigError
+from blip3o_ds.errors import ConfigError, TrainingError
 from blip3o_ds.planning.memory import MAX_BUCKET_ELEMENTS
 from blip3o_ds.training.ema import attach_ema
+from blip3o_ds.training.launch import rendezvous
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
-    """Join the process group that the launcher describes, or make one of a single process: `(rank, world, device)`.
+def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
+    """Join the process group that the launcher describes (see `launch.rendezvous`): `(rank, world, device)`.
 
     nccl where there is CUDA, gloo otherwise.
+
+    Raises:
+        TrainingError: not all ranks came within `timeout_seconds`.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(rendezvous(os.environ, torch.cuda.device_count()))
     import deepspeed
 
     # DeepSpeed calls collectives by names that newer PyTorch renames; nothing that a user of this project could mend.
@@ -45,11 +46,21 @@ def init_distributed() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    backend, timeout = "nccl" if cuda else "gloo", datetime.timedelta(seconds=timeout_seconds)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    except torch.distributed.DistError as error:
+        where = ", ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        raise TrainingError(
+            f"the ranks did not find each other ({where}): {error}. Look at the other hosts' output for the one that "
+            "failed first, and whether they reach MASTER_ADDR"
+        ) from None
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
-def resolve_deepspeed_config(train: TrainConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
+def resolve_deepspeed_config(
+    train: TrainConfig, world_size: int, num_parameters: int, ranks_per_node: int = 1
+) -> dict[str, Any]:
     """The complete DeepSpeed settings: the JSON file's (or ZeRO-2), `"auto"` and absent ones filled from `train`.
 
     Raises:
@@ -82,8 +93,30 @@ def resolve_deepspeed_config(train: TrainConfig, world_size: int, num_parameters
         for key in ("reduce_bucket_size", "allgather_bucket_size"):
             if zero.get(key, "auto") == "auto":
                 zero[key] = bucket
+        if zero.get("zero_hpz_partition_size") == "auto":
+            zero["zero_hpz_partition_size"] = ranks_per_node
     settings["zero_allow_untested_optimizer"] = True
+    # The optimizer is ours everywhere, so that the EMA rides on it; torch's fused AdamW is vectorised on CPU too.
+    settings["zero_force_ds_cpu_optimizer"] = False
     return settings
+
+
+def count_ranks_of_this_node() -> int:
+    """How many ranks run on this host; a collective."""
+    hosts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """End this process when it has waited so long for the others, in whichever of the process groups.
+
+    Groups that DeepSpeed makes for itself have torch's default, half an hour, whatever the first group was given.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
@@ -117,7 +150,11 @@ class Engine:
         deepspeed_logger.setLevel("WARNING")
         world_size = torch.distributed.get_world_size()
         num_parameters = sum(p.numel() for p in model.parameters())
-        self.settings = resolve_deepspeed_config(train, world_size, num_parameters)
+        self.settings = resolve_deepspeed_config(train, world_size, num_parameters, count_ranks_of_this_node())
+        if device.type != "cuda" and self.settings.get("zero_optimization", {}).get("zero_quantized_weights"):
+            raise ConfigError(
+                f"{train.deepspeed_config}: zero_quantized_weights needs CUDA, and this run is on the CPU"
+            )
         self.zero_stage = zero_stage(self.settings)
         self._autocast = self.zero_stage == 0 and train.precision == "bf16"
         self._max_grad_norm = train.max_grad_norm
@@ -138,6 +175,7 @@ class Engine:
             dist_init_required=False,
         )
         self.module: nn.Module = self.deepspeed.module
+        set_collective_timeout(train.timeout_seconds)
 
     @property
     def dtype(self) -> torch.dtype:

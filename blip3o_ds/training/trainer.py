@@ -58,7 +58,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         TrainingError: loss or gradient is not finite, with the last good checkpoint named; or another rank is gone.
     """
     with ExitStack() as stack:
-        rank, world_size, device = init_distributed()
+        rank, world_size, device = init_distributed(config.train.timeout_seconds)
         setup_logging(rank)
         stack.enter_context(PeerWatch(min(SILENCE_SECONDS, config.train.timeout_seconds)))
         stop = stack.enter_context(StopSignal())

@@ -1,0 +1,90 @@
+"""Where a process stands among the ranks of its run, whoever started it: deepspeed, torchrun, srun, or nobody.
+
+DeepSpeed reads no SLURM variables, neither under `srun` nor under `deepspeed --launcher slurm` (which is srun); here
+they become the five variables that torch.distributed reads.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+
+from blip3o_ds.errors import ConfigError
+
+# Below the ports that Linux hands out by itself (32768 and up).
+FIRST_PORT, NUM_PORTS = 10_000, 20_000
+
+
+def rendezvous(environment: Mapping[str, str], num_devices: int) -> dict[str, str]:
+    """The variables to add to `environment` so that this process can join its group; none under a launcher.
+
+    Args:
+        num_devices: accelerators that this process sees; 0 on CPU.
+
+    Raises:
+        ConfigError: SLURM's variables say that the process was started in a way that cannot work; names the right one.
+    """
+    if "RANK" in environment:
+        return {}
+    if "SLURM_STEP_ID" in environment:
+        return _slurm_step(environment, num_devices)
+    if "SLURM_JOB_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        raise ConfigError(
+            f"SLURM job {environment['SLURM_JOB_ID']} has SLURM_NTASKS = {environment['SLURM_NTASKS']} tasks, and this "
+            "process is none of them but was started beside them: put `srun` before the command"
+        )
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list: `gpu[03-05,9],login1 -> gpu03`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)[0]
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
+
+
+def _slurm_step(environment: Mapping[str, str], num_devices: int) -> dict[str, str]:
+    """One task of a step is one rank; the step's first host is the meeting point, since task 0 runs there."""
+    world_size = environment.get("SLURM_STEP_NUM_TASKS") or _required(environment, "SLURM_NTASKS")
+    local_rank = int(_required(environment, "SLURM_LOCALID"))
+    if num_devices == 1:
+        local_rank = 0  # bound to its own GPU (--gpus-per-task, --gpu-bind), which it knows as number 0
+    elif num_devices and local_rank >= num_devices:
+        raise ConfigError(
+            f"task {local_rank} of node {environment.get('SLURMD_NODENAME')} has no GPU: {num_devices} are visible "
+            "there; set --ntasks-per-node to the GPUs of a node"
+        )
+    node_list = environment.get("SLURM_STEP_NODELIST") or _required(environment, "SLURM_JOB_NODELIST")
+    found = {
+        "RANK": _required(environment, "SLURM_PROCID"),
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": str(local_rank),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(node_list),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(_step_port(environment)),
+    }
+    return found
+
+
+def _step_port(environment: Mapping[str, str]) -> int:
+    """The same on all ranks, and another for each job and step: several may share a node."""
+    job, step = int(_required(environment, "SLURM_JOB_ID")), int(environment["SLURM_STEP_ID"])
+    return FIRST_PORT + (job * 7 + step) % NUM_PORTS
+
+
+def _required(environment: Mapping[str, str], name: str) -> str:
+    try:
+        return environment[name]
+    except KeyError:
+        raise ConfigError(f"{name} is missing though SLURM_STEP_ID is set: start the process by srun") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
