@@ -145,7 +145,6 @@ class TrainConfig(_Section):
     save_every: int = Field(500, ge=0)  # 0: only at the end
     keep_last: int = Field(3, ge=1)
     keep_every: int | None = Field(None, ge=1)  # checkpoints of steps that this divides are kept for good
-    peer_timeout_seconds: float = Field(30, gt=0)  # a rank that is not heard of for so long is taken for dead
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -31,7 +31,7 @@ from blip3o_ds.training.engine import Engine
 logger = logging.getLogger(__name__)
 
 WRITING_TIMEOUT = datetime.timedelta(minutes=30)  # between the first rank that has written its files and the last
-CLOSING_SECONDS = 60
+CLOSING_SECONDS = 10
 
 Writers = dict[str, Callable[[BinaryIO], Any]]  # file name -> what writes it
 

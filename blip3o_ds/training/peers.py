@@ -20,6 +20,7 @@ from blip3o_ds.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
+SILENCE_SECONDS = 30.0  # a rank that is not heard of for so long is gone
 LAST_WORDS_SECONDS = 10  # for the main thread to end by itself, once a peer is known to be gone
 FAILED = "failed: "
 
@@ -35,7 +36,9 @@ class PeerWatch:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._closing = threading.Event()
         self._found = threading.Event()
-        self._problem = ""
+        self._suspecting = False  # a collective failed: a shorter silence is proof
+        self._problem = ""  # what the thread found
+        self._last_words = ""  # what the others are told at the end
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeerWatch:
@@ -59,13 +62,15 @@ class PeerWatch:
     ) -> None:
         if self._thread is None:
             return
-        if _of_a_collective(error) and self._found.wait(self._timeout + LAST_WORDS_SECONDS / 2):
+        if _of_a_collective(error):
+            self._suspecting = True
+            known = self._found.wait(self._timeout)
             self._closing.set()
-            raise TrainingError(f"{self._problem}; resume with --resume") from error
+            problem = self._problem if known else "another rank is gone or cannot be reached; its own output names it"
+            raise TrainingError(f"{problem}; go on with --resume ({_one_line(error)})") from error
+        self._last_words = "" if error is None else f"{FAILED}{_one_line(error)}"
         self._closing.set()
-        self._thread.join()
-        if error is not None:
-            self._store.set(_key(self._rank), f"{FAILED}{error}")
+        self._thread.join(LAST_WORDS_SECONDS)  # not longer: it may be stuck in a network that is cut
 
     def _run(self) -> None:
         beats = 0
@@ -86,9 +91,11 @@ class PeerWatch:
                     return
                 if text != heard[rank][0]:
                     heard[rank] = text, now
-                elif now - heard[rank][1] > self._timeout:
-                    self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard of for {self._timeout:g} s")
+                elif (silence := now - heard[rank][1]) > (self._timeout / 2 if self._suspecting else self._timeout):
+                    self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard of for {silence:.0f} s")
                     return
+        if self._last_words:
+            self._store.set(_key(self._rank), self._last_words)
 
     def _host(self, rank: int) -> str:
         return self._store.get(_key(rank, "host")).decode()
@@ -101,7 +108,7 @@ class PeerWatch:
         self._found.set()
         if self._closing.wait(LAST_WORDS_SECONDS):
             return
-        logger.error("%s; this rank waits for it in vain and ends; resume with --resume", problem)
+        logger.error("%s; this rank waits for it in vain and ends; go on with --resume", problem)
         for handler in logging.getLogger("blip3o_ds").handlers:
             handler.flush()
         os._exit(1)

@@ -37,7 +37,7 @@ from blip3o_ds.training.ema import gather_weights
 from blip3o_ds.training.engine import Engine, init_distributed
 from blip3o_ds.training.faults import BAD_BATCHES, SpikeDetector, record_bad_batch
 from blip3o_ds.training.meter import StepMeter
-from blip3o_ds.training.peers import PeerWatch
+from blip3o_ds.training.peers import SILENCE_SECONDS, PeerWatch
 from blip3o_ds.training.preemption import StopSignal, requeue_or_explain
 from blip3o_ds.training.run_folder import keep_global_batch, prepare_run_dir
 from blip3o_ds.training.telemetry import MetricsWriter, Progress, format_duration, setup_logging
@@ -61,7 +61,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
     with ExitStack() as stack:
         rank, world_size, device = init_distributed(config.train.timeout_seconds)
         setup_logging(rank)
-        stack.enter_context(PeerWatch(config.train.peer_timeout_seconds))
+        stack.enter_context(PeerWatch(min(SILENCE_SECONDS, config.train.timeout_seconds)))
         stop = stack.enter_context(StopSignal())
         faults = FaultLog(config.data.on_bad_sample, config.data.on_bad_shard)
         dataset = open_train_data(config, faults)

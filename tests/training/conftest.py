@@ -22,7 +22,7 @@ def one_rank() -> Iterator[None]:
     from blip3o_ds.training.engine import init_distributed
 
     before = dict(os.environ)
-    init_distributed()
+    init_distributed(timeout_seconds=60)
     for name in os.environ.keys() - before.keys() - {"LOCAL_RANK"}:  # deepspeed asks for that one again and again
         del os.environ[name]
     yield

@@ -37,7 +37,7 @@ def fingerprint(trainee: Trainee) -> str:
 
 def save_forever(folder: Path, report: int) -> None:
     torch.set_num_threads(1)
-    init_distributed()
+    init_distributed(timeout_seconds=60)
     trainee = Trainee(2)
     writer = CheckpointWriter(trainee.engine, folder, with_ema=True, keep_last=2)
     newest = find_checkpoint(folder)
