@@ -89,18 +89,21 @@ class Variant:
     options: tuple[tuple[str, object], ...]  # num_warps, num_stages and what else the launch set
 
     @property
+    def pointers(self) -> list[str]:
+        """The types of what its tensors hold, as `bf16`."""
+        return [kind[1:] for _, kind in self.signature if kind.startswith("*")]
+
+    @property
     def configuration(self) -> tuple[object, ...]:
-        """The kernel, its dtypes, and all that a rule has chosen for it."""
-        dtypes = tuple(kind for _, kind in self.signature if kind.startswith("*"))
+        """The kernel, the dtype it works on, and all that a rule has chosen for it."""
         chosen = tuple((name, value) for name, value in self.constexprs if name.isupper() and name not in EXTENTS)
-        return self.op, self.kernel, dtypes, self.options, chosen
+        return self.op, self.kernel, self.pointers[0], self.options, chosen
 
     @property
     def label(self) -> str:
-        """The dtypes it reads and the constants that are not strides, as `bf16 BLOCK=64`."""
-        dtypes = dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*"))
+        """Its dtypes, and its constants that are not strides, as `bf16 BLOCK=64`."""
         constants = (f"{name}={value}" for name, value in self.constexprs if name.isupper())
-        return " ".join([next(iter(dtypes)), *constants])
+        return " ".join(["/".join(dict.fromkeys(self.pointers)), *constants])
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,13 @@ def shipped_variants(
 
 
 def one_of_each_configuration(variants: list[Variant]) -> list[Variant]:
-    """The first variant of every configuration."""
-    first: dict[tuple[object, ...], Variant] = {}
+    """Of the variants that differ in sizes and in which tensors are there, one that has the most tensors."""
+    chosen: dict[tuple[object, ...], Variant] = {}
     for variant in variants:
-        first.setdefault(variant.configuration, variant)
-    return list(first.values())
+        other = chosen.setdefault(variant.configuration, variant)
+        if len(variant.pointers) > len(other.pointers):
+            chosen[variant.configuration] = variant
+    return list(chosen.values())
 
 
 @contextlib.contextmanager

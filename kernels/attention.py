@@ -69,6 +69,14 @@ def _load(x, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _load_again(x, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """As `_load`, at every call: what it gives is not kept in registers around a loop."""
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (d < D)[None, :]
+    return tl.load(x + offsets[:, None] + d[None, :], mask=mask, other=0.0, volatile=True)
+
+
+@triton.jit
 def _store(x, offsets, inside, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (d < D)[None, :] if BLOCK_D > D else inside[:, None]
@@ -150,13 +158,15 @@ def _forward_kernel(
 
 
 @triton.jit
-def _dq_step(query, grad, acc, lse, delta, k, v, offsets_k, offsets_v, inside, scale_log2, D: tl.constexpr,
-             BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _dq_step(query, grad, grad_out, offsets_g, rows_inside, acc, lse, delta, k, v, offsets_k, offsets_v, inside,
+             scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add one block of keys to dq."""
     key = _load(k, offsets_k, inside, D, BLOCK_D)
     p = tl.exp2(_dot(query, tl.trans(key), PRECISION) * scale_log2 - lse[:, None])  # [rows, keys]
     if inside is not None:
         p = tl.where(inside[None, :], p, 0.0)
+    if BLOCK_D > 64 and key.dtype == tl.float32:  # which would spill
+        grad = _load_again(grad_out, offsets_g, rows_inside, D, BLOCK_D)
     dp = _dot(grad, tl.trans(_load(v, offsets_v, inside, D, BLOCK_D)), PRECISION)
     ds = p * (dp - delta[:, None])
     return acc + _dot(rounded(ds, key.dtype), key, PRECISION)
@@ -170,7 +180,8 @@ def _dq_rows(q, k, v, out, grad_out, lse, dq, delta, start, Nq, Nk, H, scale, sc
     inside = rows < Nq * G
     n, g = (rows // G).to(tl.int64), rows % G
     query = _load(q, n * stride_qn + g * stride_qh, inside, D, BLOCK_D)
-    grad = _load(grad_out, n * stride_gn + g * stride_gh, inside, D, BLOCK_D)
+    offsets_g = n * stride_gn + g * stride_gh
+    grad = _load(grad_out, offsets_g, inside, D, BLOCK_D)
     result = _load(out, (n * H + g) * D, inside, D, BLOCK_D)
     row_delta = tl.sum(result.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta + n * H + g, row_delta, mask=inside)
@@ -179,14 +190,14 @@ def _dq_rows(q, k, v, out, grad_out, lse, dq, delta, start, Nq, Nk, H, scale, sc
     whole = Nk // KEYS * KEYS
     keys = tl.arange(0, KEYS).to(tl.int64)
     for _ in range(0, whole, KEYS):
-        acc = _dq_step(query, grad, acc, row_lse, row_delta, k, v, keys * stride_kn, keys * stride_vn, None,
-                       scale_log2, D, BLOCK_D, PRECISION)  # fmt: skip
+        acc = _dq_step(query, grad, grad_out, offsets_g, inside, acc, row_lse, row_delta, k, v,
+                       keys * stride_kn, keys * stride_vn, None, scale_log2, D, BLOCK_D, PRECISION)  # fmt: skip
         k += tl.cast(stride_kn, tl.int64) * KEYS
         v += tl.cast(stride_vn, tl.int64) * KEYS
     few = tl.arange(0, EDGE).to(tl.int64)
     for j in tl.range(whole, Nk, EDGE, num_stages=1):
-        acc = _dq_step(query, grad, acc, row_lse, row_delta, k, v, few * stride_kn, few * stride_vn, j + few < Nk,
-                       scale_log2, D, BLOCK_D, PRECISION)  # fmt: skip
+        acc = _dq_step(query, grad, grad_out, offsets_g, inside, acc, row_lse, row_delta, k, v,
+                       few * stride_kn, few * stride_vn, j + few < Nk, scale_log2, D, BLOCK_D, PRECISION)  # fmt: skip
         k += tl.cast(stride_kn, tl.int64) * EDGE
         v += tl.cast(stride_vn, tl.int64) * EDGE
     _store(dq, (n * H + g) * D, inside, acc * scale, D, BLOCK_D)
@@ -420,14 +431,9 @@ def launches(shape: Any, dtype: torch.dtype) -> None:
 
 @torch.library.custom_op("blip3o::gqa_attention", mutates_args=())
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen: int,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, scale: float,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return launch_forward(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen)
 
 
@@ -438,17 +444,9 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("blip3o::gqa_attention_backward", mutates_args=())
 def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return launch_backward(grad_out, q, k, v, out, lse, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen)
 
 
