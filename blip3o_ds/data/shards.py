@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -258,8 +259,7 @@ class EmbeddingDataset:
         Such as a batch's rows; returns the sample's key.
         """
         self._check_place(shard, index)
-        num_shards = len(self.shard_sizes)
-        for other in (*range(shard, num_shards), *range(shard)):
+        for other in chain(range(shard, len(self.shard_sizes)), range(shard)):
             found = self._read_from(other, index, out)
             if found is not None:
                 place, key = found
