@@ -41,6 +41,8 @@ class StopSignal:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        if error is None and self._reduction is not None:
+            self._reduction.wait()  # nobody leaves while another still takes part
 
     def agreed(self) -> signal.Signals | None:
         """The signal that some rank had received by the call before this one; the same on every rank.

@@ -175,11 +175,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tm
 
 
 def test_resuming_with_another_setting_is_refused(embeddings, tmp_path, launch):
-    assert launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2}).returncode == 0
+    first = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2})
+    assert first.returncode == 0, first.output
 
     run = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2, "train.seed": 5}, "--resume")
 
-    assert run.returncode == 2
+    assert run.returncode == 2, run.output
     assert "train.seed was 0" in run.output
 
 
