@@ -226,8 +226,7 @@ def damage_dataset(rng: random.Random, corpus: Corpus) -> tuple[str, dict[str, b
     elif target == "manifest":
         files["manifest.json"] = mutate(rng, files["manifest.json"], everything)
     else:
-        changed = change_json(rng, json.loads(files["manifest.json"]))
-        files["manifest.json"] = json.dumps(changed).encode()
+        files["manifest.json"] = json.dumps(change_json(rng, json.loads(files["manifest.json"]))).encode()
     return target, files
 
 
@@ -313,10 +312,8 @@ def _damage_zip(rng: random.Random, content: bytes, others: list[bytes]) -> byte
 def try_dataset(rng: random.Random, corpus: Corpus, files: dict[str, bytes]) -> bool:
     """Read, verify and perhaps repair; whether everything went well. Raises what the library raises."""
     folder = corpus.work / "dataset"
-    if folder.exists():
-        for path in folder.iterdir():
-            path.unlink()
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     refused = False
