@@ -223,13 +223,14 @@ def _add_plan(commands: Any) -> None:
     p.add_argument("--training_mode", default="patch_only", choices=["patch_only", "cls_patch"])
     p.add_argument("--batch_size", type=int, default=32, metavar="N", help="samples per GPU and forward pass")
     p.add_argument("--gpus", type=int, default=1, metavar="N")
+    p.add_argument("--gpu_memory_gb", type=float, default=80, metavar="X", help="of one GPU, for the recommendation")
     p.add_argument("--zero_stage", type=int, default=2, choices=[0, 1, 2, 3])
     p.add_argument("--activation_checkpointing", action="store_true")
 
 
 def run_plan(args: argparse.Namespace) -> dict:
     from blip3o_ds.planning.flops import train_flops_per_sample
-    from blip3o_ds.planning.memory import count_parameters, estimate_memory
+    from blip3o_ds.planning.memory import count_parameters, estimate_memory, recommend_zero
 
     model = get_blip3o_clip_config(args.model_size, args.training_mode)
     memory = estimate_memory(
@@ -241,16 +242,37 @@ def run_plan(args: argparse.Namespace) -> dict:
         activation_checkpointing=args.activation_checkpointing,
         ema=True,
     )
+    recommended, needs = recommend_zero(
+        model,
+        gpu_memory_gb=args.gpu_memory_gb,
+        world_size=args.gpus,
+        micro_batch_size=args.batch_size,
+        activation_checkpointing=args.activation_checkpointing,
+    )
     plan = {
         "parameters": count_parameters(model),
         "train_tflops_per_sample": train_flops_per_sample(model, args.activation_checkpointing) / 1e12,
         "memory_gb": {name: getattr(memory, name) / 2**30 for name in (*memory.__dataclass_fields__, "total")},
+        "deepspeed_config": recommended,
+        "deepspeed_config_gb": needs,
     }
     print(f"{args.model_size}: {plan['parameters'] / 1e6:.1f} M parameters")
     print(f"train step: {plan['train_tflops_per_sample']:.3f} TFLOP a sample")
     for name, value in plan["memory_gb"].items():
         print(f"{name:>12}: {value:7.2f} GiB per GPU")
+    print("on " + ", ".join(f"{name} {need:.2f}" for name, need in needs.items()) + " GiB per GPU")
+    print(f"of {args.gpu_memory_gb:g} GiB: {_zero_advice(recommended, needs)}")
     return plan
+
+
+def _zero_advice(recommended: str | None, needs: dict[str, float]) -> str:
+    if recommended is None:
+        return "nothing fits; lower --batch_size, or add --activation_checkpointing"
+    reason = "the least communication among those that fit"
+    if recommended == "zero1.json":
+        saved = needs["zero1.json"] - needs["zero3.json"]
+        reason = f"fits with the least communication; ZeRO-3 would save {saved:.2f} GiB for half as much traffic again"
+    return f"--deepspeed_config ds_configs/{recommended}, {reason}"
 
 
 SBATCH_OPTIONS = {  # sbatch's name -> what it is

@@ -6,7 +6,7 @@ for the backward pass. Everything is bytes on one GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,9 @@ FRAGMENTATION = 0.03
 MAX_BUCKET_ELEMENTS = 200_000_000
 
 FP32 = 4
+
+# The files of ds_configs/ and their stages, the one that communicates least first.
+ZERO_FILES = {"zero1.json": 1, "zero2.json": 2, "zero3.json": 3, "zero2-offload.json": 2, "zero3-offload.json": 3}
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,34 @@ def choose_model_size(
         )
     chosen = max(fitting, key=lambda name: count_parameters(get_blip3o_clip_config(name)))
     return chosen, needs[chosen]
+
+
+def recommend_zero(
+    config: ModelConfig,
+    *,
+    gpu_memory_gb: float,
+    world_size: int,
+    micro_batch_size: int,
+    activation_checkpointing: bool = False,
+) -> tuple[str | None, dict[str, float]]:
+    """The file of `ds_configs/` that communicates least among those that fit, and the GiB that each would take.
+
+    ZeRO-2 sends what ZeRO-1 does, but after every micro-batch; ZeRO-3 half as much again, in small pieces; offloading
+    puts the CPU and the bus into every step. None where nothing fits.
+    """
+    needs = {}
+    for name, stage in ZERO_FILES.items():
+        estimate = estimate_memory(
+            config,
+            zero_stage=stage,
+            world_size=world_size,
+            micro_batch_size=micro_batch_size,
+            activation_checkpointing=activation_checkpointing,
+        )
+        if "offload" in name:  # the fp32 states live on the CPU, at stage 3 the weights too
+            estimate = replace(estimate, gradients=0, optimizer=0, weights=0 if stage == 3 else estimate.weights)
+        needs[name] = estimate.total / 2**30
+    return next((name for name, need in needs.items() if need <= gpu_memory_gb), None), needs
 
 
 def _clip_presets() -> list[str]:

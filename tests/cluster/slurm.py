@@ -107,7 +107,14 @@ class SlurmCluster:
 
     def wait(self, job_id: int, timeout: float = 90) -> str:
         """Wait for the job's end and return its last state: COMPLETED, FAILED, ..."""
-        return self.wait_for_state(job_id, ENDED, timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            state = self.wait_for_state(job_id, ENDED, deadline - time.monotonic())
+            if state == "COMPLETED":
+                return state
+            time.sleep(3)  # a job on its way back into the queue shows the state that it failed with for a moment
+            if self.job(job_id)["JobState"] == state:
+                return state
 
     def wait_for_log(self, job_id: int, pattern: str, timeout: float = 60) -> None:
         """Until the job's log has a line that matches."""

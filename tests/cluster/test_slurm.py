@@ -6,8 +6,11 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import skimage.io
 
+from blip3o_ds.data.verify import verify
 from blip3o_ds.planning.job_script import render_job
 from blip3o_ds.training.launch import first_host
 from tests.cluster.slurm import SlurmCluster
@@ -55,14 +58,14 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of two processes on one machine, under the deepspeed launcher, with nothing in their way."""
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of two processes on one machine, under the deepspeed launcher, with nothing in their way."""
     output = tmp_path_factory.mktemp("straight")
     zero = ["--deepspeed_config", str(PROJECT / "ds_configs" / "zero1.json")]
     command = train_command(data, output, 2, SETTINGS, zero)
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return losses(output)
+    return output
 
 
 def test_the_shipped_job_script_trains_on_two_nodes_as_one_machine_does(slurm, data, straight, tmp_path):
@@ -70,7 +73,7 @@ def test_the_shipped_job_script_trains_on_two_nodes_as_one_machine_does(slurm, d
 
     assert slurm.wait(job) == "COMPLETED", slurm.log(job)
     assert "global batch 8 = 2 ranks x 4" in slurm.log(job)
-    assert losses(tmp_path) == straight
+    assert losses(tmp_path) == losses(straight)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -87,7 +90,7 @@ def test_other_launchers_train_on_two_nodes_too(slurm, data, straight, tmp_path,
     job = submit_command(slurm, tmp_path / "job", command)
 
     assert slurm.wait(job) == "COMPLETED", slurm.log(job)
-    assert losses(tmp_path) == straight
+    assert losses(tmp_path) == losses(straight)
 
 
 def kill_rank_1(slurm: SlurmCluster, _job: int) -> None:
@@ -116,7 +119,30 @@ def test_an_interrupted_job_queues_itself_again_and_ends_as_the_uninterrupted_on
     assert slurm.wait(job) == "COMPLETED", slurm.log(job)
     assert "resumed from" in slurm.log(job)
     assert (tmp_path / "tried").is_dir()
-    assert losses(tmp_path) == straight
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_the_evaluation_job_ends_its_log_with_the_result(slurm, data, straight, tmp_path):
+    [run_dir] = straight.glob("clip_repro_*")
+    options = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", "--array=0", f"--output={tmp_path}/log")
+    environment = {"MODEL": str(run_dir), "DATA_DIR": str(data)}
+    job = slurm.submit(PROJECT / "scripts" / "evaluate.job", options=options, environment=environment)
+
+    assert slurm.wait(job) == "COMPLETED", slurm.log(job)
+    result = json.loads(slurm.log(job).splitlines()[-1])
+    assert result["splits"]["train"]["num_samples"] == 40
+
+
+def test_the_extraction_job_makes_a_dataset(slurm, tmp_path):
+    for i in range(3):
+        skimage.io.imsave(tmp_path / f"{i}.png", np.full((64, 64, 3), 80 * i, np.uint8), check_contrast=False)
+    encoders = {"CONDITION": "efficientnet-lite2-head", "TARGET": "efficientnet-lite0-last-block"}
+    options = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={tmp_path}/log")
+    environment = {"IMAGES": str(tmp_path), "DST": str(tmp_path / "set"), **encoders}
+    job = slurm.submit(PROJECT / "scripts" / "extract_embeddings.job", options=options, environment=environment)
+
+    assert slurm.wait(job) == "COMPLETED", slurm.log(job)
+    assert verify(tmp_path / "set").problems == []
 
 
 def test_wrong_settings_end_the_job_at_once_and_are_not_tried_again(slurm, data, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from blip3o_ds.config import get_blip3o_clip_config
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.model.dit import DiT
-from blip3o_ds.planning.memory import choose_model_size, count_parameters, estimate_memory
+from blip3o_ds.planning.memory import choose_model_size, count_parameters, estimate_memory, recommend_zero
 
 
 def test_parameters_are_those_of_the_model():
@@ -61,3 +61,16 @@ def test_a_smaller_gpu_gets_a_smaller_preset_and_too_small_a_one_an_error():
     assert choose_model_size(6, batch_size=32)[0] in ("tiny", "small")
     with pytest.raises(ConfigError, match="lower the batch size"):
         choose_model_size(1, batch_size=512)
+
+
+def test_zero_1_is_recommended_until_memory_runs_out_and_then_what_needs_less():
+    config = get_blip3o_clip_config("large")
+
+    def recommend(gpu_memory_gb: float) -> str | None:
+        return recommend_zero(config, gpu_memory_gb=gpu_memory_gb, world_size=8, micro_batch_size=8)[0]
+
+    _, needs = recommend_zero(config, gpu_memory_gb=80, world_size=8, micro_batch_size=8)
+    assert recommend(80) == "zero1.json"
+    assert recommend(needs["zero1.json"] - 0.01) == "zero2.json"
+    assert recommend(needs["zero2.json"] - 0.01) == "zero3.json"
+    assert recommend(1) is None

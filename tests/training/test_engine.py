@@ -10,17 +10,34 @@ from blip3o_ds.errors import ConfigError
 from blip3o_ds.training.engine import learning_rate_factor, resolve_deepspeed_config
 from tests.conftest import PROJECT
 
+SHIPPED = sorted((PROJECT / "ds_configs").glob("*.json"))
 
-@pytest.mark.parametrize("stage", range(4))
-def test_the_shipped_files_resolve_with_fp32_accumulation_and_nothing_left_open(stage):
-    train = TrainConfig(deepspeed_config=str(PROJECT / f"ds_configs/zero{stage}.json"), gradient_accumulation_steps=3)
 
-    settings = resolve_deepspeed_config(train, world_size=4, num_parameters=1000)
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_the_shipped_files_resolve_with_fp32_accumulation_and_nothing_left_open(file):
+    train = TrainConfig(deepspeed_config=str(file), gradient_accumulation_steps=3)
 
-    assert settings["train_batch_size"] == 8 * 3 * 4
+    settings = resolve_deepspeed_config(train, world_size=8, num_parameters=1000, ranks_per_node=4)
+
+    assert settings["train_batch_size"] == 8 * 3 * 8
     assert settings["data_types"]["grad_accum_dtype"] == "fp32"
-    assert settings["zero_optimization"]["stage"] == stage
+    assert file.stem.startswith(f"zero{settings['zero_optimization']['stage']}")
     assert '"auto"' not in json.dumps(settings)
+
+
+def test_the_shipped_files_are_those_of_the_readme():
+    readme = (PROJECT / "ds_configs" / "README.md").read_text()
+
+    assert [file.name for file in SHIPPED if f"`{file.name}`" not in readme] == []
+    assert len(SHIPPED) == 7
+
+
+def test_hpz_keeps_a_copy_of_the_weights_on_each_node():
+    train = TrainConfig(deepspeed_config=str(PROJECT / "ds_configs/zero3-hpz-quantised.json"))
+
+    settings = resolve_deepspeed_config(train, world_size=16, num_parameters=1000, ranks_per_node=4)
+
+    assert settings["zero_optimization"]["zero_hpz_partition_size"] == 4
 
 
 def test_a_file_that_contradicts_the_run_is_refused(tmp_path):
