@@ -393,7 +393,7 @@ def run_convert(args: argparse.Namespace) -> dict:
 
 def run_extract(args: argparse.Namespace) -> dict:
     from blip3o_ds.encoders.extract import extract
-    from blip3o_ds.encoders.launch import find_place
+    from blip3o_ds.encoders.place import find_place
 
     place = find_place(os.environ)
     result = extract(

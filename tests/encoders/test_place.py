@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from blip3o_ds.encoders.launch import Place, find_place
+from blip3o_ds.encoders.place import find_place
 from blip3o_ds.errors import ConfigError
+from blip3o_ds.slurm import Place
 
+STEP = {"SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}
 ARRAY = {"SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_MAX": "10", "SLURM_ARRAY_TASK_STEP": "2"}
 
 
@@ -16,16 +18,17 @@ ARRAY = {"SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_MAX": "10", "SLURM_ARRAY
         ({}, Place(0, 1, 0)),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Place(5, 8, 1)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Place(0, 1, 0)),  # a batch script is one process
-        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, Place(3, 4, 1)),
+        ({**STEP, "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, Place(3, 4, 1)),
+        ({**STEP, "SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, Place(3, 4, 1)),
         ({**ARRAY, "SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_COUNT": "4"}, Place(2, 4, 0)),
         (
             {
+                **STEP,
                 **ARRAY,
                 "SLURM_ARRAY_TASK_ID": "8",
                 "SLURM_ARRAY_TASK_COUNT": "4",
                 "SLURM_PROCID": "1",
                 "SLURM_STEP_NUM_TASKS": "2",
-                "SLURM_LOCALID": "1",
             },
             Place(5, 8, 1),
         ),

@@ -6,24 +6,15 @@ Understands the DeepSpeed and PyTorch launchers, `srun`, SLURM job arrays, and a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from blip3o_ds.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Place:
-    """Process `rank` of `world_size`, and the `local_rank`-th of its machine."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
+from blip3o_ds.slurm import Place, step_place
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
     """The place of this process; that of a single process where no launcher has been.
 
-    Raises ConfigError for an array with gaps: its tasks cannot know their number.
+    Raises ConfigError for an array with gaps: its tasks cannot know their number; and for an incomplete step.
     """
 
     def number(name: str, default: int) -> int:
@@ -31,9 +22,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
 
     if "WORLD_SIZE" in environment:
         return Place(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0))
-    # A batch script has SLURM_PROCID too, but only `srun` starts as many processes as there are tasks.
-    in_step = "SLURM_STEP_NUM_TASKS" in environment
-    process, processes = (number("SLURM_PROCID", 0), number("SLURM_STEP_NUM_TASKS", 1)) if in_step else (0, 1)
+    place = step_place(environment) or Place()
     task, tasks = 0, number("SLURM_ARRAY_TASK_COUNT", 1)
     if "SLURM_ARRAY_TASK_ID" in environment:
         first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
@@ -43,4 +32,4 @@ def find_place(environment: Mapping[str, str]) -> Place:
                 f"SLURM_ARRAY_TASK_ID = {environment['SLURM_ARRAY_TASK_ID']} of {tasks} tasks: the array has gaps; "
                 "submit one without, such as --array=0-7, of any length: what is done already is skipped"
             )
-    return Place(task * processes + process, tasks * processes, number("SLURM_LOCALID", 0) if in_step else 0)
+    return Place(task * place.world_size + place.rank, tasks * place.world_size, place.local_rank)
