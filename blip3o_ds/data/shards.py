@@ -225,14 +225,19 @@ class EmbeddingDataset:
         self._bad_shards: set[int] = set()
         self._bad_samples: set[tuple[int, int]] = set()
         self._skip_tokens = self.manifest.spec.num_tokens - self.spec.num_tokens
-        self._num_samples = sum(self.shard_sizes)
+        self._shard_ends = np.cumsum(self.shard_sizes)
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._opening: dict[int, threading.Lock] = {}
         self._max_open = _OPEN_SHARDS
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return self._num_samples
+        return int(self._shard_ends[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """`(shard, index in the shard)` of the sample at sequential `index` of the dataset."""
+        shard = int(np.searchsorted(self._shard_ends, index, side="right"))
+        return shard, index - (int(self._shard_ends[shard - 1]) if shard else 0)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """These shards are read now and next: fetch the ones of a URL in the background, and close all others."""

@@ -52,12 +52,6 @@ class ImagePart:
     records: Callable[[], Iterator[ImageRecord]]
 
 
-def iterate_images(images: str | Path) -> Iterator[ImageRecord]:
-    """The pictures of all parts of `images`, in order (see `image_parts`)."""
-    parts = image_parts(images, files_per_part=1 << 62)
-    return (record for part in parts for record in part.records())
-
-
 def image_parts(images: str | Path, files_per_part: int) -> list[ImagePart]:
     """A tar, a folder of tars, or a folder of image files as parts; folders are read recursively.
 

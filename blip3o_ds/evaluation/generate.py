@@ -16,7 +16,7 @@ from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.data.writer import DatasetWriter
 from blip3o_ds.evaluation.report import evaluation_noise
-from blip3o_ds.evaluation.subset import ProgressLog, locate, read_batches
+from blip3o_ds.evaluation.subset import ProgressLog, read_batches
 from blip3o_ds.files import atomic_folder
 from blip3o_ds.flow.objective import FlowObjective, Model
 from blip3o_ds.flow.solvers import sample
@@ -72,6 +72,6 @@ def _write_all(
         eva = normalizer.eva(batch.eva.to(device).float())
         clip = normalizer.clip_inverse(sample(model, flow, eva, noise, sampler)).cpu()
         for row, position in enumerate(batch.positions.tolist()):
-            meta = {**dataset.meta(*locate(dataset, position)), "generated": facts}
+            meta = {**dataset.meta(*dataset.place(position)), "generated": facts}
             writer.write(batch.keys[row], batch.eva[row], clip[row], meta)
         progress.at(int(batch.positions[-1]) + 1)

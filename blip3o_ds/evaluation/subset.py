@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import torch
 
@@ -26,18 +24,11 @@ def spread_indices(total: int, max_samples: int | None) -> list[int]:
     return [i * total // max_samples for i in range(max_samples)]
 
 
-def locate(dataset: EmbeddingDataset, index: int) -> tuple[int, int]:
-    """`(shard, index in the shard)` of the sample at sequential `index` of the dataset."""
-    ends = list(accumulate(dataset.shard_sizes))
-    shard = bisect_right(ends, index)
-    return shard, index - (ends[shard - 1] if shard else 0)
-
-
 def read_batches(dataset: EmbeddingDataset, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """The samples at sequential `indices` in batches, the last one shorter; their `positions` are the indices."""
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
-        samples = [dataset.read(*locate(dataset, index)) for index in part]
+        samples = [dataset.read(*dataset.place(index)) for index in part]
         yield Batch(
             eva=torch.stack([sample.eva for sample in samples]),
             clip=torch.stack([sample.clip for sample in samples]),

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blip3o_ds.encoders.encoder import EncoderSpec, LoadOptions, PatchEncoder
+from blip3o_ds.encoders.images import ImageRecord, image_parts
 
 IMAGE_SIZE, GRID = 32, 4
 
@@ -54,6 +55,10 @@ def tiny_encoder(name: str, seed: int = 0, **changes: object) -> PatchEncoder:
     spec = tiny_spec(name, seed, **changes)
     options = LoadOptions(spec.weights, torch.device("cpu"), torch.float32)
     return PatchEncoder(spec, spec.load(spec, options), options)
+
+
+def all_records(images: Path) -> list[ImageRecord]:
+    return [record for part in image_parts(images, files_per_part=4) for record in part.records()]
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from PIL import Image
 
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.encoders.extract import encode_images, extract
-from blip3o_ds.encoders.images import iterate_images
 from blip3o_ds.encoders.registry import ENCODERS
 from blip3o_ds.errors import DataError, EncoderError
+from tests.encoders.conftest import all_records
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_stored_embeddings_are_the_encoders_outputs(write_folder, pictures, cond
     folder = write_folder(pictures | {"03.txt": b"a caption"})
 
     result = encode_images(
-        iterate_images(folder), tmp_path / "set", condition, target, dtype="fp32", batch_size=4, samples_per_shard=4
+        all_records(folder), tmp_path / "set", condition, target, dtype="fp32", batch_size=4, samples_per_shard=4
     )
 
     dataset = EmbeddingDataset(tmp_path / "set")
@@ -42,7 +42,7 @@ def test_stored_embeddings_are_the_encoders_outputs(write_folder, pictures, cond
 def test_cls_patch_stores_the_cls_token_first(write_folder, pictures, condition, target, tmp_path):
     folder = write_folder(pictures)
     for layout in ("cls_patch", "patch_only"):
-        encode_images(iterate_images(folder), tmp_path / layout, condition, target, token_layout=layout)
+        encode_images(all_records(folder), tmp_path / layout, condition, target, token_layout=layout)
 
     with_cls, patches = EmbeddingDataset(tmp_path / "cls_patch"), EmbeddingDataset(tmp_path / "patch_only")
 
@@ -53,7 +53,7 @@ def test_cls_patch_stores_the_cls_token_first(write_folder, pictures, condition,
 def test_tar_and_folder_give_the_same_embeddings(write_folder, write_tar, pictures, condition, target, tmp_path):
     sources = {"folder": write_folder(pictures), "tar": write_tar("shard.tar", pictures)}
     for name, source in sources.items():
-        encode_images(iterate_images(source), tmp_path / name, condition, target)
+        encode_images(all_records(source), tmp_path / name, condition, target)
 
     folder, tar = EmbeddingDataset(tmp_path / "folder"), EmbeddingDataset(tmp_path / "tar")
 
@@ -70,16 +70,16 @@ def test_resume_gives_the_identical_dataset(write_folder, pictures, condition, t
     options = {"samples_per_shard": 2, "batch_size": 2}
 
     def interrupted():
-        for number, record in enumerate(iterate_images(folder)):
+        for number, record in enumerate(all_records(folder)):
             if number == 9:
                 raise KeyboardInterrupt
             yield record
 
-    whole = encode_images(iterate_images(folder), tmp_path / "whole", condition, target, **options)
+    whole = encode_images(all_records(folder), tmp_path / "whole", condition, target, **options)
     with pytest.raises(KeyboardInterrupt):
         encode_images(interrupted(), tmp_path / "parts", condition, target, **options)
     assert not (tmp_path / "parts" / "manifest.json").exists()
-    resumed = encode_images(iterate_images(folder), tmp_path / "parts", condition, target, **options)
+    resumed = encode_images(all_records(folder), tmp_path / "parts", condition, target, **options)
 
     assert whole["written"] == 10
     assert 0 < resumed["skipped_existing"] < 10
@@ -103,8 +103,8 @@ def test_broken_picture_is_skipped_counted_and_named(
     }
     folder = write_folder(pictures | broken)
 
-    first = encode_images(iterate_images(folder), tmp_path / "set", condition, target)
-    again = encode_images(iterate_images(folder), tmp_path / "set", condition, target)
+    first = encode_images(all_records(folder), tmp_path / "set", condition, target)
+    again = encode_images(all_records(folder), tmp_path / "set", condition, target)
 
     lines = [json.loads(line) for line in (tmp_path / "set" / "broken_images.jsonl").read_text().splitlines()]
     assert (first["written"], first["broken"]) == (10, 4)
@@ -118,7 +118,7 @@ def test_source_of_only_broken_pictures_is_an_error(write_folder, condition, tar
     folder = write_folder({"a.png": b"", "b.png": b"?"})
 
     with pytest.raises(DataError, match=r"no picture could be used \(2 broken\)"):
-        encode_images(iterate_images(folder), tmp_path / "set", condition, target)
+        encode_images(all_records(folder), tmp_path / "set", condition, target)
 
 
 def test_extract_finds_its_encoders_by_name(write_folder, pictures, make_spec, tmp_path, monkeypatch):

@@ -11,8 +11,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from blip3o_ds.encoders.images import decode_image, iterate_images
+from blip3o_ds.encoders.images import decode_image
 from blip3o_ds.errors import DataError
+from tests.encoders.conftest import all_records
 
 
 def test_folder_gives_sorted_records_with_captions(write_folder, make_png):
@@ -27,7 +28,7 @@ def test_folder_gives_sorted_records_with_captions(write_folder, make_png):
         }
     )
 
-    records = list(iterate_images(folder))
+    records = all_records(folder)
 
     assert [record.key for record in records] == ["a_x", "b"]
     assert [record.load()[1]["caption"] for record in records] == ["a cat", "a dog"]
@@ -41,7 +42,7 @@ def test_tar_is_read_as_webdataset_reads_it(write_tar, make_png):
         {f"{n:03d}.{kind}": content for n in range(3) for kind, content in _sample(n, make_png).items()},
     )
 
-    records = list(iterate_images(path))
+    records = all_records(path)
     oracle = list(webdataset.WebDataset(str(path), shardshuffle=False))
 
     assert [record.key for record in records] == [sample["__key__"] for sample in oracle]
@@ -59,7 +60,7 @@ def _sample(n: int, make_png) -> dict[str, bytes]:
 def test_loading_is_lazy(write_folder):
     folder = write_folder({"a.png": b"not a picture at all"})
 
-    record = next(iterate_images(folder))
+    [record] = all_records(folder)
 
     with pytest.raises(OSError, match="cannot identify"):
         record.load()
@@ -70,8 +71,8 @@ def test_keys_are_safe_and_unique(write_tar, write_folder, tmp_path, make_png):
     write_tar("tars/two.tar", {"./d/1.png": make_png(3), "d 1.png": make_png(4)})
     folder = write_folder({"a.b.png": make_png(1), "a_b.png": make_png(2), "a/b.jpg": make_png(3)})
 
-    from_tars = [record.key for record in iterate_images(tmp_path / "tars")]
-    from_folder = [record.key for record in iterate_images(folder)]
+    from_tars = [record.key for record in all_records(tmp_path / "tars")]
+    from_folder = [record.key for record in all_records(folder)]
 
     assert from_tars == ["one_v2_d_1", "one_v2_d_2", "two_d_1", "two_d_1_2"]
     assert sorted(from_folder) == ["a_b", "a_b_2", "a_b_3"]
@@ -103,7 +104,7 @@ def test_damaged_tar_is_an_error_that_names_it(write_tar, damage, make_png):
     path.write_bytes(content)
 
     with pytest.raises(DataError, match=r"bad\.tar"):
-        list(iterate_images(path))
+        all_records(path)
 
 
 def test_source_without_pictures_or_with_both_kinds_is_refused(write_folder, write_tar, tmp_path, make_png):
@@ -113,4 +114,4 @@ def test_source_without_pictures_or_with_both_kinds_is_refused(write_folder, wri
 
     for name, message in (("empty", "no image found"), ("both", "holds both"), ("absent", "expected a folder")):
         with pytest.raises(DataError, match=message):
-            iterate_images(tmp_path / name)
+            all_records(tmp_path / name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blip3o_ds.evaluation import subset
-from blip3o_ds.evaluation.subset import ProgressLog, locate, read_batches, spread_indices
+from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
 from tests.evaluation.conftest import linear_pairs
 
 
@@ -29,7 +29,7 @@ def test_all_are_taken_where_there_are_no_more(wanted):
 def test_batches_hold_the_samples_asked_for_in_their_order(make_dataset):
     eva, clip, _ = linear_pairs(11, noise=0.1)  # shards of 4, 4 and 3
     dataset = make_dataset(eva, clip)
-    assert [locate(dataset, i) for i in range(11)] == [(s, i) for s, n in enumerate((4, 4, 3)) for i in range(n)]
+    assert [dataset.place(i) for i in range(11)] == [(s, i) for s, n in enumerate((4, 4, 3)) for i in range(n)]
 
     batches = list(read_batches(dataset, [9, 0, 4, 3, 10], 2))
 
