@@ -1,8 +1,10 @@
 """The planner against counted parameters and the arithmetic of ZeRO's paper."""
 
 import pytest
+import torch
+from blip3o_kernels import use_kernels
 
-from blip3o_ds.config import get_blip3o_clip_config
+from blip3o_ds.config import ModelConfig, get_blip3o_clip_config
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.planning.memory import choose_model_size, count_parameters, estimate_memory, recommend_zero
@@ -74,3 +76,44 @@ def test_zero_1_is_recommended_until_memory_runs_out_and_then_what_needs_less():
     assert recommend(needs["zero1.json"] - 0.01) == "zero2.json"
     assert recommend(needs["zero2.json"] - 0.01) == "zero3.json"
     assert recommend(1) is None
+
+
+def saved_for_backward(config: ModelConfig, batch: int) -> int:
+    """Bytes of all tensors that a forward pass through the kernels keeps, the parameters and inputs left out."""
+    model = DiT(config).bfloat16()
+    inputs = [torch.randn(batch, config.num_tokens, dim).bfloat16() for dim in (config.clip_dim, config.eva_dim)]
+    known = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers(), *inputs]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with use_kernels("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(inputs[0], torch.rand(batch), inputs[1])
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
+
+
+def test_a_layers_activations_are_what_the_kernels_keep():
+    def difference_of_two_layers(measure) -> int:
+        shallow, deep = (
+            ModelConfig(
+                eva_dim=24,
+                clip_dim=12,
+                grid_size=8,
+                hidden_size=64,
+                num_layers=num_layers,
+                num_heads=4,
+                num_kv_heads=2,
+                ffn_dim=128,
+            )
+            for num_layers in (1, 3)
+        )
+        return measure(deep) - measure(shallow)
+
+    kept = difference_of_two_layers(lambda config: saved_for_backward(config, batch=2))
+    planned = difference_of_two_layers(
+        lambda config: estimate_memory(config, zero_stage=2, world_size=1, micro_batch_size=2).activations
+    )
+
+    assert planned == pytest.approx(kept, rel=0.02)
