@@ -130,7 +130,7 @@ def test_the_evaluation_job_ends_its_log_with_the_result(slurm, data, straight, 
 
     assert slurm.wait(job) == "COMPLETED", slurm.log(job)
     result = json.loads(slurm.log(job).splitlines()[-1])
-    assert result["splits"]["train"]["num_samples"] == 40
+    assert result["evaluation"]["train"]["num_samples"] == 40
 
 
 def test_the_extraction_job_makes_a_dataset(slurm, tmp_path):
