@@ -93,10 +93,11 @@ class SlurmCluster:
         return dict(item.split("=", 1) for item in text.split() if "=" in item)
 
     def wait_for_state(self, job_id: int, states: set[str], timeout: float) -> str:
-        """Until the job is in one of these states; SLURM would hold a requeued job back for two minutes."""
+        """Until the job is in one of these states; a requeued job is let go sooner than SLURM's two minutes."""
         deadline = time.monotonic() + timeout
         while (job := self.job(job_id))["JobState"] not in states:
             if job["Reason"] == "BeginTime":
+                time.sleep(3)  # started in the second in which it was ended, it would be refused by the nodes
                 self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now")
             assert time.monotonic() < deadline, (
                 f"job {job_id} is {job['JobState']} ({job['Reason']}) after {timeout} s, not {states}; its log:\n"
@@ -107,14 +108,7 @@ class SlurmCluster:
 
     def wait(self, job_id: int, timeout: float = 90) -> str:
         """Wait for the job's end and return its last state: COMPLETED, FAILED, ..."""
-        deadline = time.monotonic() + timeout
-        while True:
-            state = self.wait_for_state(job_id, ENDED, deadline - time.monotonic())
-            if state == "COMPLETED":
-                return state
-            time.sleep(3)  # a job on its way back into the queue shows the state that it failed with for a moment
-            if self.job(job_id)["JobState"] == state:
-                return state
+        return self.wait_for_state(job_id, ENDED, timeout)
 
     def wait_for_log(self, job_id: int, pattern: str, timeout: float = 60) -> None:
         """Until the job's log has a line that matches."""
