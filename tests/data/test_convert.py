@@ -12,10 +12,11 @@ import torch
 
 from blip3o_ds.data import convert as convert_module
 from blip3o_ds.data.convert import convert
-from blip3o_ds.data.loader import iterate_batches
+from blip3o_ds.data.loader import Batch
 from blip3o_ds.data.schema import Manifest
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.errors import DataError
+from blip3o_ds.evaluation.subset import read_batches
 
 SAMPLES, EVA_DIM, CLIP_DIM = 5, 12, 6
 # The largest relative distance of a rounded value: half a unit in the last place.
@@ -43,6 +44,12 @@ def write_pickle(folder: Path, number: int, content: dict, layout: str = "patch_
     return path
 
 
+def read_whole(folder: Path) -> Batch:
+    dataset = EmbeddingDataset(folder)
+    (batch,) = read_batches(dataset, range(len(dataset)), 100)
+    return batch
+
+
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -59,7 +66,7 @@ def test_converted_values_keys_and_captions_are_the_source_s(
     summary = convert(tmp_path / "src", tmp_path / "dst", dtype="fp32", samples_per_shard=4)
 
     dataset = EmbeddingDataset(tmp_path / "dst")
-    (batch,) = iterate_batches(dataset, 100)
+    batch = read_whole(tmp_path / "dst")
     metas = [dataset.meta(shard, i) for shard, size in enumerate(dataset.shard_sizes) for i in range(size)]
     assert summary["samples"] == 3 * SAMPLES
     assert dataset.spec.token_layout == layout
@@ -79,7 +86,7 @@ def test_converted_values_are_the_source_s_within_rounding(tmp_path: Path, dtype
 
     convert(path, tmp_path / "dst", dtype=dtype)
 
-    (batch,) = iterate_batches(EmbeddingDataset(tmp_path / "dst"), 100)
+    batch = read_whole(tmp_path / "dst")
     for side in ("eva", "clip"):
         source = content[f"{side}_blip3o_embeddings"].double().numpy()
         error = np.abs(getattr(batch, side).double().numpy() - source)
@@ -95,7 +102,7 @@ def test_statistics_are_those_of_the_stored_values_in_float64(tmp_path: Path, dt
 
     convert(tmp_path / "src", tmp_path / "dst", dtype=dtype, samples_per_shard=4)
 
-    (batch,) = iterate_batches(EmbeddingDataset(tmp_path / "dst"), 100)
+    batch = read_whole(tmp_path / "dst")
     manifest = Manifest.load(tmp_path / "dst")
     for values, stats in ((batch.eva, manifest.eva_stats), (batch.clip, manifest.clip_stats)):
         tokens = values.double().numpy().reshape(-1, values.shape[-1])
@@ -110,7 +117,7 @@ def test_patch_only_of_data_with_a_cls_token_drops_token_0(tmp_path: Path) -> No
 
     convert(path, tmp_path / "dst", token_layout="patch_only", dtype="fp32")
 
-    (batch,) = iterate_batches(EmbeddingDataset(tmp_path / "dst"), 100)
+    batch = read_whole(tmp_path / "dst")
     torch.testing.assert_close(batch.eva, content["eva_blip3o_embeddings"][:, 1:], rtol=0, atol=0)
     torch.testing.assert_close(batch.clip, content["clip_blip3o_embeddings"][:, 1:], rtol=0, atol=0)
 
@@ -151,7 +158,7 @@ def test_missing_keys_are_made_of_file_name_and_number(tmp_path: Path) -> None:
 
     convert(tmp_path / "src", tmp_path / "dst")
 
-    (batch,) = iterate_batches(EmbeddingDataset(tmp_path / "dst"), 100)
+    batch = read_whole(tmp_path / "dst")
     assert batch.keys[0] == "embeddings_shard_00000_patch_only_000000"
     assert batch.keys[-1] == "embeddings_shard_00001_patch_only_000004"
 

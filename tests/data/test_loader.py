@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blip3o_ds.data import ring
-from blip3o_ds.data.loader import EmbeddingLoader, iterate_batches
+from blip3o_ds.data.loader import EmbeddingLoader
 from blip3o_ds.data.order import GlobalOrder
 from blip3o_ds.data.shards import EmbeddingDataset, ShardReader
 from blip3o_ds.errors import DataError
@@ -221,14 +221,3 @@ def test_an_order_of_another_dataset_is_refused(dataset_dir):
             rank=0,
             world_size=1,
         )
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, None), (3, 8), (9, 99), (5, 5)])
-def test_evaluation_goes_through_the_samples_in_stored_order_once(dataset_dir, samples, start, stop):
-    batches = list(iterate_batches(EmbeddingDataset(dataset_dir(10)), 4, start, stop))
-    expected = samples(10)[start:stop]
-    assert [key for batch in batches for key in batch.keys] == [key for key, *_ in expected]
-    assert [p for batch in batches for p in batch.positions.tolist()] == list(range(start, start + len(expected)))
-    if expected:
-        found = torch.cat([batch.clip for batch in batches])
-        assert torch.equal(found, torch.stack([clip for _, _, clip, _ in expected]).bfloat16())

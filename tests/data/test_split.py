@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from blip3o_ds.cli import main
 from blip3o_ds.data.append import append
-from blip3o_ds.data.loader import EmbeddingLoader, iterate_batches
+from blip3o_ds.data.loader import EmbeddingLoader
 from blip3o_ds.data.order import GlobalOrder
 from blip3o_ds.data.schema import DatasetSpec, Manifest
 from blip3o_ds.data.selection import Selection
@@ -38,7 +38,8 @@ def write(folder: Path, keys: range) -> Path:
 
 def samples(folder: Path) -> dict[str, torch.Tensor]:
     dataset = EmbeddingDataset(folder)
-    return {k: row for batch in iterate_batches(dataset, 8) for k, row in zip(batch.keys, batch.eva, strict=True)}
+    read = (dataset.read(*dataset.place(index)) for index in range(len(dataset)))
+    return {sample.key: sample.eva for sample in read}
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.7])

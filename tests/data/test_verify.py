@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from blip3o_ds.data.index import ShardIndex, index_path
-from blip3o_ds.data.loader import iterate_batches
 from blip3o_ds.data.schema import DatasetSpec, StorageDType
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.data.verify import inspect, stats, verify
 from blip3o_ds.data.writer import DatasetWriter
 from blip3o_ds.errors import DataError
+from blip3o_ds.evaluation.subset import read_batches
 from blip3o_ds.files import sha256_file
 
 
@@ -135,7 +135,8 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], None
 
 def test_stats_are_those_of_numpy(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data")
-    (batch,) = iterate_batches(EmbeddingDataset(folder), 100)
+    dataset = EmbeddingDataset(folder)
+    (batch,) = read_batches(dataset, range(len(dataset)), 100)
     clip = batch.clip.double().numpy().reshape(-1, 6)
 
     found = json.loads(json.dumps(stats(folder)))
