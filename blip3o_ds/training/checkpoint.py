@@ -50,11 +50,10 @@ class CheckpointWriter:
         with_ema: bool,
         keep_last: int,
         keep_every: int | None = None,
-        last: Checkpoint | None = None,
     ) -> None:
         from blip3o_ds.training.snapshot import SnapshotEngine  # imports deepspeed
 
-        self.last = last  # the newest that is complete
+        self.last: Checkpoint | None = None  # the newest that is complete
         self._engine = engine
         self._folder = folder
         self._with_ema = with_ema
@@ -111,12 +110,10 @@ class CheckpointWriter:
     def _snapshot(self, folder: Path) -> Writers:
         """Copies of all that this rank has to write."""
         rank = dist.get_rank()
-        deepspeed = self._engine.deepspeed
-        deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        self._engine.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         writers: Writers = {f"rng_rank_{rank:05d}.pt": _torch_saver(_rng_state())}
-        some_applied = deepspeed.global_steps > deepspeed.skipped_steps
         for kind in ("model", *(["ema"] if self._with_ema else [])):
-            ema = kind == "ema" and some_applied  # before the first step the average is the weights
+            ema = kind == "ema" and self._engine.has_stepped  # before the first step the average is the weights
             weights = self._gather(ema)
             if rank == 0:
                 writers[f"{kind}.safetensors"] = _safetensors_saver(weights)
@@ -140,19 +137,23 @@ class CheckpointWriter:
             dist.broadcast_object_list(outcome, group=self._group)
             self._outcome = outcome[0] or checkpoint
             if dist.get_rank() == 0 and self._outcome is checkpoint:
-                self._drop_old(pinned_step)
+                self._drop_old(checkpoint.step, pinned_step)
                 logger.info("checkpoint %s", checkpoint.path)
-        except Exception as error:  # another rank is gone, or old checkpoints cannot be removed
+        except Exception as error:  # another rank is gone
             self._outcome = f"{checkpoint.path} was not completed: {error!r}"
         if isinstance(self._outcome, str):
             logger.error("%s", self._outcome)
 
-    def _drop_old(self, pinned_step: int | None) -> None:
-        paths = sorted(self._folder.glob("step_*"))
-        for path in paths[: -self._keep_last]:
-            step = int(path.name.removeprefix("step_"))
-            if step != pinned_step and not (self._keep_every and step % self._keep_every == 0):
-                shutil.rmtree(path)
+    def _drop_old(self, saved_step: int, pinned_step: int | None) -> None:
+        paths = {int(path.name[5:]): path for path in self._folder.glob("step_" + "[0-9]" * 8)}
+        abandoned = {step for step in paths if step > saved_step}  # damaged, or the run would have gone on from there
+        old = sorted(paths.keys() - abandoned)[: -self._keep_last]
+        kept = {step for step in old if step == pinned_step or (self._keep_every and step % self._keep_every == 0)}
+        for step in sorted(abandoned.union(old) - kept):
+            try:
+                shutil.rmtree(paths[step])
+            except OSError as error:
+                logger.warning("%s could not be removed (%s); the next save tries again", paths[step], error)
         if pinned_step is not None and (self._folder / f"step_{pinned_step:08d}").exists():
             atomic_write_bytes(self._folder / "best", f"step_{pinned_step:08d}".encode())
 
@@ -201,7 +202,7 @@ def _complete(temporary: Path, checkpoint: Checkpoint, reports: list[dict[str, A
         os.rename(temporary, checkpoint.path)
         fsync_dir(checkpoint.path.parent)
         atomic_write_bytes(checkpoint.path.parent / "latest", checkpoint.path.name.encode())  # for DeepSpeed's tools
-    except OSError as error:
+    except Exception as error:  # whatever it is, the other ranks wait to be told
         shutil.rmtree(temporary, ignore_errors=True)
         return f"{checkpoint.path} was not written: {error}"
     return None
