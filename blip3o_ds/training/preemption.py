@@ -64,9 +64,13 @@ def requeue_or_explain(run_dir: Path, received: signal.Signals, environment: Map
     """After the save, on rank 0: have SLURM queue the job again where it was SIGUSR1, or say how to resume."""
     job = environment.get("SLURM_JOB_ID")
     if received == signal.SIGUSR1 and job is not None:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        if done.returncode == 0:
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
             logger.info("job %s is queued again", job)
             return
-        logger.warning("`scontrol requeue %s` failed: %s", job, (done.stderr or done.stdout).strip())
+        except OSError as error:  # this node has no such command
+            problem = str(error)
+        except subprocess.CalledProcessError as error:
+            problem = (error.stderr or error.stdout).strip()
+        logger.warning("`scontrol requeue %s` failed: %s", job, problem)
     logger.info("to go on, start the same command with --resume %s", run_dir)

@@ -88,3 +88,12 @@ def test_a_job_that_cannot_be_queued_again_says_why_and_how_to_resume(scontrol, 
 
     assert "Job is unlucky" in caplog.text
     assert f"--resume {tmp_path}" in caplog.text
+
+
+def test_a_node_without_scontrol_says_so_and_how_to_resume(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    caplog.set_level("INFO", "blip3o_ds")
+    requeue_or_explain(tmp_path, signal.SIGUSR1, {"SLURM_JOB_ID": "7"})
+
+    assert "No such file or directory: 'scontrol'" in caplog.text
+    assert f"--resume {tmp_path}" in caplog.text
