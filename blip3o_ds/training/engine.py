@@ -74,6 +74,7 @@ def resolve_deepspeed_config(
         "train_batch_size": train.micro_batch_size * train.gradient_accumulation_steps * world_size,
         "gradient_clipping": train.max_grad_norm,
         "steps_per_print": 10**9,  # this project reports by itself
+        "zero_optimization": {},
     }
     _fill(settings, ours, train.deepspeed_config or "DeepSpeed settings")
     for section in ("optimizer", "scheduler"):
@@ -182,6 +183,11 @@ class Engine:
         return next(self.module.parameters()).dtype
 
     @property
+    def has_stepped(self) -> bool:
+        """Whether any step was applied; before the first there is no moving average."""
+        return self.deepspeed.global_steps > self.deepspeed.skipped_steps
+
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self.deepspeed.optimizer
 
@@ -275,7 +281,10 @@ def _read_json(path: str) -> dict[str, Any]:
 def _fill(settings: dict[str, Any], ours: dict[str, Any], source: str, prefix: str = "") -> None:
     for key, value in ours.items():
         if isinstance(value, dict):
-            _fill(settings.setdefault(key, {}), value, source, f"{prefix}{key}.")
+            section = settings.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{source}: {prefix}{key} is {section!r}; expected a JSON object {{...}}")
+            _fill(section, value, source, f"{prefix}{key}.")
         elif settings.get(key, "auto") == "auto":
             settings[key] = value
         elif settings[key] != value and key not in ("initial_scale_power", "steps_per_print"):

@@ -48,6 +48,15 @@ def test_a_file_that_contradicts_the_run_is_refused(tmp_path):
         resolve_deepspeed_config(TrainConfig(deepspeed_config=str(file)), 1, 1000)
 
 
+@pytest.mark.parametrize(("key", "value"), [("bf16", True), ("data_types", "fp32"), ("zero_optimization", 2)])
+def test_a_value_where_an_object_belongs_is_refused_with_file_and_key(tmp_path, key, value):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({key: value}))
+
+    with pytest.raises(ConfigError, match=rf"ds\.json: {key} is {value!r}; expected a JSON object"):
+        resolve_deepspeed_config(TrainConfig(deepspeed_config=str(file)), 1, 1000)
+
+
 def test_an_optimizer_in_the_file_is_refused(tmp_path):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"optimizer": {"type": "Adam"}}))
