@@ -157,8 +157,29 @@ def seal_checkpoint(folder: Path, checkpoint: Checkpoint, files: dict[str, dict[
     atomic_write_json(folder / SEAL, {**content, "sha256": _digest(content)})
 
 
+def parse_run_config(path: Path, settings: Any) -> RunConfig:
+    """Validate the settings that the file `path` holds; a `CheckpointError` names it."""
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: expected the run's settings under `config`, found {settings!r}")
+    try:
+        return build_run_config(settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its settings are not valid here: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; a `CheckpointError` if it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
 def _load_run(run: Path, step: int | None = None) -> LoadedModel:
-    config = _run_config(run / RUN_CONFIG, _read_json(run / RUN_CONFIG).get("config"))
+    config = parse_run_config(run / RUN_CONFIG, read_json(run / RUN_CONFIG).get("config"))
     weights = "ema" if config.train.ema_decay > 0 else "model"
     name = f"{weights}.safetensors"
     checkpoint = find_checkpoint(run / CHECKPOINTS, step, [name])
@@ -191,7 +212,7 @@ def _load_export(folder: Path) -> LoadedModel:
     sections = {name: settings[name] for name in ("model", "flow", "eval")}
     sections["data"] = {"normalization": settings["normalization"]}
     sections["train"] = {"precision": settings["precision"]}
-    config = _run_config(folder / CONFIG_NAME, sections)
+    config = parse_run_config(folder / CONFIG_NAME, sections)
     return LoadedModel(
         model=DiT.from_pretrained(folder),
         flow=FlowObjective(config.flow),
@@ -205,7 +226,7 @@ def _load_export(folder: Path) -> LoadedModel:
 
 def _verified(path: Path, names: Sequence[str] | None) -> Checkpoint:
     try:
-        seal = _read_json(path / SEAL)
+        seal = read_json(path / SEAL)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is damaged: {SEAL} is missing, it was not finished") from None
     if seal.pop("sha256", None) != _digest(seal):
@@ -225,22 +246,3 @@ def _verified(path: Path, names: Sequence[str] | None) -> Checkpoint:
 
 def _digest(seal: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
-
-
-def _run_config(path: Path, settings: Any) -> RunConfig:
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: expected the run's settings under `config`, found {settings!r}")
-    try:
-        return build_run_config(settings)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: its settings are not valid here: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import platform
 import subprocess
@@ -16,7 +15,7 @@ import torch.distributed as dist
 import blip3o_ds
 from blip3o_ds.config import RunConfig
 from blip3o_ds.errors import CheckpointError, ConfigError
-from blip3o_ds.evaluation.runs import RUN_CONFIG
+from blip3o_ds.evaluation.runs import RUN_CONFIG, parse_run_config, read_json
 from blip3o_ds.files import atomic_write_json
 
 logger = logging.getLogger(__name__)
@@ -66,11 +65,7 @@ def _resumed_run(config: RunConfig, output_dir: Path, resume: str) -> Path:
         run_dir = runs[-1]
     else:
         run_dir = Path(resume)
-    try:
-        saved = json.loads((run_dir / RUN_CONFIG).read_text())["config"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{run_dir}: not a run folder, {RUN_CONFIG} is missing") from None
-    now = config.model_dump(mode="json")
+    saved, now = _read_run(run_dir)[0].model_dump(mode="json"), config.model_dump(mode="json")
     for name in FIXED_ON_RESUME:
         before, after = _lookup(saved, name), _lookup(now, name)
         if before != after:
@@ -88,9 +83,8 @@ def keep_global_batch(config: RunConfig, run_dir: Path, world_size: int) -> RunC
     Raises:
         ConfigError: the ranks cannot share the global batch equally; says how many can.
     """
-    saved = json.loads((run_dir / RUN_CONFIG).read_text())
-    began = saved["config"]["train"]
-    batch = began["micro_batch_size"] * began["gradient_accumulation_steps"] * saved["world_size"]
+    saved, ranks_then = _read_run(run_dir)
+    batch = saved.train.micro_batch_size * saved.train.gradient_accumulation_steps * ranks_then
     train = config.train
     if train.micro_batch_size * train.gradient_accumulation_steps * world_size == batch:
         return config
@@ -108,6 +102,19 @@ def keep_global_batch(config: RunConfig, run_dir: Path, world_size: int) -> RunC
     )
     fitted = {"micro_batch_size": micro, "gradient_accumulation_steps": share // micro}
     return config.model_copy(update={"train": train.model_copy(update=fitted)})
+
+
+def _read_run(run_dir: Path) -> tuple[RunConfig, int]:
+    """The settings with which a run began, and on how many ranks."""
+    path = run_dir / RUN_CONFIG
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{run_dir}: not a run folder, {RUN_CONFIG} is missing") from None
+    world_size = content.get("world_size")
+    if not isinstance(world_size, int) or world_size < 1:
+        raise CheckpointError(f"{path}: expected the number of ranks under `world_size`, found {world_size!r}")
+    return parse_run_config(path, content.get("config")), world_size
 
 
 def _lookup(settings: dict, dotted: str) -> Any:
