@@ -6,6 +6,7 @@ the store at the meeting point, and a thread on each reads those of all others.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -95,7 +96,8 @@ class PeerWatch:
                     self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard of for {silence:.0f} s")
                     return
         if self._last_words:
-            self._store.set(_key(self._rank), self._last_words)
+            with contextlib.suppress(RuntimeError):  # the store ends with rank 0; then nobody is left to be told
+                self._store.set(_key(self._rank), self._last_words)
 
     def _host(self, rank: int) -> str:
         return self._store.get(_key(rank, "host")).decode()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-SETTINGS = {"train.max_steps": 5000, "train.timeout_seconds": 6}
+SETTINGS = {"train.max_steps": 5000, "train.timeout_seconds": 20}
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_the_others_end_with_the_name_of_a_rank_that_was_killed(start_ranks, gon
     status = ranks.processes[1 - gone].wait(60)
 
     assert status == 1, ranks.log(1 - gone)
-    assert time.monotonic() - killed_at < 30
+    assert time.monotonic() - killed_at < 60
     assert f"rank {gone}" in ranks.log(1 - gone), ranks.log(1 - gone)
     assert "--resume" in ranks.log(1 - gone)
 
@@ -34,6 +34,6 @@ def test_a_rank_that_hangs_is_not_waited_for(start_ranks):
     status = ranks.processes[0].wait(60)
 
     assert status == 1
-    assert time.monotonic() - stopped_at < 40
+    assert time.monotonic() - stopped_at < 60
     assert "rank 1" in ranks.log(0)
     assert "is gone: not heard of for" in ranks.log(0)
