@@ -24,9 +24,11 @@ class DebugProbe:
         self._bins = torch.zeros(2, NUM_BINS, dtype=torch.float64)  # sums, counts
 
     def add(self, result: FlowLoss, t: Tensor) -> None:
-        """Count the samples of a micro-batch into their timestep bins."""
-        index = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1).cpu()
-        self._bins[0].index_add_(0, index, result.mse.detach().double().cpu())
+        """Count the samples of a micro-batch into their timestep bins, but for losses that are not finite."""
+        mse = result.mse.detach().double().cpu()
+        finite = mse.isfinite()
+        index = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1).cpu()[finite]
+        self._bins[0].index_add_(0, index, mse[finite])
         self._bins[1].index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
 
     def before_step(self) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 BAD_BATCHES = "bad_batches.jsonl"
 
 
-def record_bad_batch(run_dir: Path, step: int, keys: Sequence[str], losses: Sequence[Tensor]) -> list[str]:
-    """Append a step that was skipped to `bad_batches.jsonl`; returns the keys of samples whose own loss is not finite.
+def record_bad_batch(run_dir: Path, step: int, keys: Sequence[str], losses: Sequence[Tensor]) -> None:
+    """Append a step that was skipped to `bad_batches.jsonl`.
 
     Every rank must call it, with its samples' keys and its micro-batches' losses `[B]`. A line holds `step`, `keys`
     (all samples of the step, over all ranks) and `not_finite` (those whose own loss is not; empty where only the
@@ -26,12 +26,11 @@ def record_bad_batch(run_dir: Path, step: int, keys: Sequence[str], losses: Sequ
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(zip(keys, finite, strict=True)))
     samples = [sample for rank in gathered for sample in rank]
-    not_finite = [key for key, is_finite in samples if not is_finite]
     if dist.get_rank() == 0:
+        not_finite = [key for key, is_finite in samples if not is_finite]
         line = {"step": step, "keys": [key for key, _ in samples], "not_finite": not_finite}
         with open(run_dir / BAD_BATCHES, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-    return not_finite
 
 
 class SpikeDetector:

@@ -30,7 +30,7 @@ class StepMeter:
         self._flops_per_sample = train_flops_per_sample(config.model, config.train.activation_checkpointing)
         self._peak = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.last: dict[str, Any] | None = None
-        self._reset()
+        self.reset()
         self._mark = time.monotonic()
         self._own_start = self._moment()
 
@@ -68,7 +68,7 @@ class StepMeter:
     def reduce(self) -> dict[str, float] | None:
         """The metrics since the last call, the same on every rank; None if every step of them was skipped."""
         if not self._batches:
-            self._reset()
+            self.reset()
             return None
         replaced = torch.tensor([self._loader.num_replaced], dtype=torch.float64, device=self._device)
         totals = torch.cat([self._sums / self._batches, replaced])
@@ -90,7 +90,7 @@ class StepMeter:
         if self._peak:
             metrics["mfu"] = rate * self._flops_per_sample / (self._peak * world_size)
         self.last = metrics
-        self._reset()
+        self.reset()
         return metrics
 
     def _spread(self) -> dict[str, float]:
@@ -120,7 +120,8 @@ class StepMeter:
             return end - start
         return start.elapsed_time(end) / 1000
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forget the steps since the last `reduce`."""
         self._own_spans: list[tuple[Any, Any]] = []
         self._sums = torch.zeros(len(AVERAGED), dtype=torch.float64, device=self._device)
         self._pending = torch.zeros_like(self._sums)

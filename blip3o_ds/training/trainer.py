@@ -100,7 +100,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
             keep_every=config.train.keep_every,
         )
         stack.callback(saver.close)
-        saver.last = restore(engine, loader, run_dir) if resume else None
+        saver.last = restore(engine, loader, run_dir, total_steps) if resume else None
         start_step = saver.last.step if saver.last else 0
         best = saver.last.state["best"] if saver.last else None
         writer = MetricsWriter(run_dir, rank, start_step)
@@ -164,6 +164,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                     rollbacks, skipped_in_a_row = rollbacks + 1, 0
                     writer.rewind(step)
                     progress = Progress(total_steps, step)
+                    meter.reset()
                     meter.exclude_pause()
                     continue
 
@@ -318,12 +319,22 @@ def build_model(config: RunConfig, baselines: Baselines) -> DiT:
     return model
 
 
-def restore(engine: Engine, loader: EmbeddingLoader, run_dir: Path) -> Checkpoint | None:
-    """Load the newest whole checkpoint of a resumed run; None means from the beginning."""
+def restore(engine: Engine, loader: EmbeddingLoader, run_dir: Path, total_steps: int) -> Checkpoint | None:
+    """Load the newest whole checkpoint of a resumed run; None means from the beginning.
+
+    Raises:
+        ConfigError: the run's length is no longer `total_steps`, and the schedule of the learning rate goes by it.
+    """
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         logger.warning("%s has no checkpoint yet: starting it from its beginning", run_dir)
         return None
+    planned = checkpoint.state["total_steps"]
+    if planned != total_steps:
+        raise ConfigError(
+            f"{checkpoint.path} is of a run of {planned} steps, which would now take {total_steps}, for data.train_dir "
+            "has not as many samples as it had; resume with the data, data.max_shards and train.max_steps as they were"
+        )
     load_checkpoint(engine, checkpoint)
     loader.load_state_dict(checkpoint.state["loader"])
     logger.info("resumed from %s", checkpoint.path)
@@ -386,7 +397,8 @@ def evaluate_now(
     Each rank holds a whole copy of the model while it lasts, which keeps generation free of ZeRO's gathers.
     """
     model = DiT(config.model)
-    model.load_state_dict(gather_weights(engine.module, engine.optimizer, ema=config.train.ema_decay > 0))
+    ema = config.train.ema_decay > 0 and engine.has_stepped
+    model.load_state_dict(gather_weights(engine.module, engine.optimizer, ema))
     model.to(engine.device, engine.dtype).eval()
     results = {}
     for split, dataset in splits.items():

@@ -12,7 +12,7 @@ from blip3o_ds.data.order import GlobalOrder
 from blip3o_ds.data.schema import DatasetSpec
 from blip3o_ds.data.shards import DatasetWriter
 from blip3o_ds.training.faults import SpikeDetector
-from tests.conftest import write_embeddings
+from tests.conftest import PROJECT, write_embeddings
 
 SHARD, INDEX = GlobalOrder([8] * 5, seed=0).locate(21)  # the sixth batch of four
 BAD = f"sample_{8 * SHARD + INDEX:05d}"
@@ -43,8 +43,12 @@ def bad_batches(run) -> list[dict]:
     return [json.loads(line) for line in (run.run_dir / "bad_batches.jsonl").read_text().splitlines()]
 
 
-def test_a_bad_sample_is_named_and_the_run_goes_on_behind_it_from_the_last_checkpoint(poisoned, tmp_path, launch):
-    run = launch(poisoned, tmp_path / "out", None, settings_of(tmp_path))
+@pytest.mark.parametrize(("stage", "precision"), [(2, "fp32"), (1, "bf16")])
+def test_a_bad_sample_is_named_and_the_run_goes_on_behind_it_from_the_last_checkpoint(
+    poisoned, tmp_path, launch, stage, precision
+):
+    zero = ["--deepspeed_config", str(PROJECT / f"ds_configs/zero{stage}.json")]
+    run = launch(poisoned, tmp_path / "out", None, settings_of(tmp_path, **{"train.precision": precision}), *zero)
 
     assert run.returncode == 0, run.output
     [bad] = bad_batches(run)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ from safetensors.torch import load_file
 from blip3o_ds.data.convert import convert
 from blip3o_ds.data.loader import iterate_batches
 from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.training import trainer
+from blip3o_ds.training.trainer import overfit_verdict
 from tests.conftest import PROJECT, train_command, write_embeddings
+from tests.training.conftest import small_config
 
 ZERO = [str(PROJECT / "ds_configs" / f"zero{stage}.json") for stage in range(4)]
 
@@ -102,7 +107,7 @@ def _descendants(pid: int) -> list[int]:
     return [pid, *(found for child in children.stdout.split() for found in _descendants(int(child)))]
 
 
-def test_a_run_folder_holds_what_the_design_names(embeddings, tmp_path, launch):
+def test_a_run_folder_holds_what_the_readme_names(embeddings, tmp_path, launch):
     run = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 4, "train.save_every": 2})
 
     assert run.returncode == 0, run.output
@@ -204,5 +209,41 @@ def test_overfitting_reports_its_verdict(embeddings, tmp_path, launch):
     run = launch(embeddings, tmp_path / "out", None, {}, "--overfit_test_size", "3")
 
     assert run.returncode == 0, run.output
-    verdict = json.loads((run.run_dir / "final_summary.json").read_text())["overfit_test"]
-    assert verdict["passed"] == (verdict["posterior_mean"] > 0.8)
+    summary = json.loads((run.run_dir / "final_summary.json").read_text())
+    readings = summary["evaluation"]["overfit"]["readings"]
+    for reading in ("posterior_mean", "sampled"):
+        assert summary["overfit_test"][reading] == readings[reading]["clip_similarity"]
+
+
+@pytest.mark.parametrize(("similarity", "passed"), [(0.81, True), (0.79, False)])
+def test_an_overfit_test_passes_above_a_posterior_mean_of_0_8(similarity, passed):
+    readings = {"posterior_mean": {"clip_similarity": similarity}, "sampled": {"clip_similarity": 1 - similarity}}
+
+    verdict = overfit_verdict(SimpleNamespace(readings=readings))
+
+    assert verdict == {"threshold": 0.8, "posterior_mean": similarity, "sampled": 1 - similarity, "passed": passed}
+
+
+def test_resuming_on_data_of_another_size_is_refused_with_both_lengths(tmp_path, launch):
+    settings = {"train.max_steps": None, "train.num_epochs": 1}  # 16 samples are 4 steps of 4
+    first = launch(write_embeddings(tmp_path / "data", 16), tmp_path / "out", None, settings)
+    assert first.returncode == 0, first.output
+    shutil.rmtree(tmp_path / "data")
+    write_embeddings(tmp_path / "data", 24)
+
+    run = launch(tmp_path / "data", tmp_path / "out", None, settings, "--resume")
+
+    assert run.returncode == 2, run.output
+    assert "a run of 4 steps, which would now take 6" in run.output
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_evaluation_before_any_step_was_applied_takes_the_weights_as_they_are(trainee, monkeypatch, stage):
+    config, learner = small_config(stage), trainee(stage)
+    seen = []
+    monkeypatch.setattr(trainer, "evaluate", lambda model, *_, **__: seen.append(model.state_dict()))
+
+    trainer.evaluate_now(config, learner.engine, None, None, None, {"train": None}, None)
+
+    expected = learner.weights()
+    assert all(torch.equal(weight.float(), expected[name].to(weight.dtype).float()) for name, weight in seen[0].items())
