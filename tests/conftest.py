@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +82,13 @@ SMALL = {  # a model that trains in milliseconds
 }
 
 
+def free_port() -> int:
+    """A port that nothing on this machine listens on, for a rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 def train_command(data: Path, output: Path, processes: int | None, settings: dict, extra: list[str]) -> list[str]:
     """The command line of a training run: under the deepspeed launcher, or plain Python with `processes=None`."""
     script = [str(PROJECT / "scripts" / "train_clip_reproduction.py")]
@@ -88,8 +96,7 @@ def train_command(data: Path, output: Path, processes: int | None, settings: dic
         start = [sys.executable]
     else:
         launcher = str(Path(sys.executable).with_name("deepspeed"))
-        port = 20000 + os.getpid() % 20000  # workers of a parallel test run must not meet
-        start = [launcher, "--num_gpus", str(processes), "--master_port", str(port)]
+        start = [launcher, "--num_gpus", str(processes), "--master_port", str(free_port())]
     overrides = [f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **settings}.items()]
     data_flags = ["--chunked_embeddings_dir", str(data), "--output_dir", str(output), "--model_size", "demo"]
     return [*start, *script, *data_flags, *overrides, *extra]

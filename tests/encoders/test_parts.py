@@ -21,6 +21,7 @@ from blip3o_ds.data.verify import verify
 from blip3o_ds.encoders.extract import extract
 from blip3o_ds.encoders.registry import ENCODERS
 from blip3o_ds.errors import DataError
+from tests.conftest import free_port
 
 OPTIONS = {"condition": "left", "target": "right", "device": "cpu", "samples_per_shard": 2, "batch_size": 2}
 
@@ -193,7 +194,7 @@ def test_two_processes_of_a_job_array_share_the_work_and_survive_a_kill(tars, tm
 @pytest.mark.slow
 def test_the_deepspeed_launcher_divides_the_work(tars, tmp_path, start):
     launcher = Path(sys.executable).with_name("deepspeed")
-    port = str(20000 + os.getpid() % 20000)
+    port = str(free_port())
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     process = start(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from blip3o_ds.config import RunConfig, load_run_config
-from tests.conftest import PROJECT, SMALL, Run, train_command
+from tests.conftest import PROJECT, SMALL, Run, free_port, train_command
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ class Ranks:
     def __init__(self, data: Path, output: Path, count: int, settings: dict, *extra: str, **variables: str) -> None:
         self.output = output
         output.mkdir(exist_ok=True)
-        port = str(21000 + (os.getpid() + len(list(output.iterdir()))) % 9000)
+        port = str(free_port())
         self.processes = []
         for rank in range(count):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
@@ -92,7 +92,9 @@ class Ranks:
         deadline = time.monotonic() + 120
         while not any(len(file.read_text().splitlines()) >= step for file in self.output.glob("*/metrics.jsonl")):
             assert time.monotonic() < deadline, self.log(0)
-            assert all(process.poll() is None for process in self.processes), [self.log(0), self.log(1)]
+            assert all(process.poll() is None for process in self.processes), [
+                self.log(rank) for rank in range(len(self.processes))
+            ]
             time.sleep(0.01)
 
     def wait(self, timeout: float = 120) -> list[int]:
