@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -178,29 +177,6 @@ class EmbeddingLoader:
             _batch(step.buffers, step.keys, step.position, begin, begin + self._micro_batch_size)
             for begin in range(0, self._share, self._micro_batch_size)
         ]
-
-
-def iterate_batches(
-    dataset: EmbeddingDataset, batch_size: int, start: int = 0, stop: int | None = None
-) -> Iterator[Batch]:
-    """Samples `start` to `stop` of the dataset in stored order, once, expanded; the last batch may be smaller."""
-    if batch_size < 1:
-        raise DataError(f"batch_size must be at least 1, found {batch_size}")
-    stop = len(dataset) if stop is None else min(stop, len(dataset))
-    places = islice(_stored_order(dataset.shard_sizes, start), max(stop - start, 0))
-    for begin in range(start, stop, batch_size):
-        rows = list(islice(places, batch_size))
-        buffers = Buffers(dataset.spec, len(rows))
-        keys = [dataset.read_into(*place, row) for place, row in zip(rows, buffers.rows, strict=True)]
-        yield _batch(buffers, keys, begin, 0, len(rows)).expand()
-
-
-def _stored_order(sizes: list[int], start: int) -> Iterator[tuple[int, int]]:
-    """(shard, index) of sample `start` and those after it; of a large set, too many for a list."""
-    for shard, size in enumerate(sizes):
-        if start < size:
-            yield from ((shard, index) for index in range(start, size))
-        start = max(start - size, 0)
 
 
 def _batch(buffers: Buffers, keys: list[str], position: int, begin: int, end: int) -> Batch:

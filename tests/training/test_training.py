@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_ds.data.convert import convert
-from blip3o_ds.data.loader import iterate_batches
 from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.evaluation.subset import read_batches
 from blip3o_ds.training import trainer
 from blip3o_ds.training.trainer import overfit_verdict
 from tests.conftest import PROJECT, train_command, write_embeddings
@@ -134,7 +134,7 @@ def test_training_reads_fp8_as_the_values_it_stands_for(embeddings, tmp_path, la
     run = launch(tmp_path / "fp8", tmp_path / "out", None, {"train.max_steps": 2})
 
     assert run.returncode == 0, run.output
-    (batch,) = iterate_batches(EmbeddingDataset(embeddings), 40)
+    (batch,) = read_batches(EmbeddingDataset(embeddings), range(40), 40)
     for line in run.metrics():  # of four samples; the codes alone have norms in the hundreds
         assert line["eva_norm"] == pytest.approx(float(batch.eva.norm(dim=-1).mean()), rel=0.15)
         assert line["clip_norm"] == pytest.approx(float(batch.clip.norm(dim=-1).mean()), rel=0.15)
