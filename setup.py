@@ -16,15 +16,19 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["blip3o_ds", "blip3o_ds.*"]), "blip3o_kernels"],
+    packages=[
+        *find_packages(include=["blip3o_ds", "blip3o_ds.*"]),
+        *("blip3o_kernels", "blip3o_kernels.benchmarks"),
+    ],
     package_dir={"blip3o_kernels": "kernels"},
-    package_data={"blip3o_ds": ["presets/*.yaml"]},
+    package_data={"blip3o_ds": ["presets/*.yaml"], "blip3o_kernels": ["tuned.json"]},
     entry_points={"console_scripts": ["blip3o-ds = blip3o_ds.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",  # ZeRO, the multi-node launcher
         "triton>=3.6; platform_system == 'Linux'",  # the fused kernels
-        "webdataset>=1.0",  # remote shards and interoperability of the tar layout
+        "fsspec>=2024.2",  # remote shards
+        "webdataset>=1.0",  # shards from a pipe, and interoperability of the tar layout
         "tensorboard>=2.19",  # the training curves
         "safetensors>=0.5",  # tensors on disk that are not code
         "pyyaml>=6",  # configuration files
@@ -44,6 +48,7 @@ setup(
             "scikit-learn>=1.5",
             "pillow>=10",
         ],
+        "remote": ["s3fs>=2024.2", "gcsfs>=2024.2"],  # s3:// and gs:// shards; https:// and pipe: need nothing more
         "extract": ["transformers>=5.0", "pillow>=10"],
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "setuptools>=77"],
     },

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="blip3o-ds", description=__doc__.splitlines()[0])
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_inference(commands)
@@ -104,14 +106,14 @@ def _add_inference(commands: Any) -> None:
     p = _command(commands, "eval", run_eval, "generate on a dataset and measure, beside two baselines")
     p.add_argument("model", metavar="RUN_OR_EXPORT", type=Path)
     p.add_argument(
-        "--data", required=True, action="append", type=Path, metavar="DIR", help="may be given several times"
+        "--data", required=True, action="append", metavar="DIR", help="folder or URL; may be given several times"
     )
     p.add_argument("--max_samples", type=int, metavar="N")
     p.add_argument("--plot", type=Path, metavar="PNG", help="also draw the result")
     _add_sampler(p)
     p = _command(commands, "generate", run_generate, "write generated embeddings as a dataset")
     p.add_argument("model", metavar="RUN_OR_EXPORT", type=Path)
-    p.add_argument("--data", required=True, type=Path, metavar="DIR")
+    p.add_argument("--data", required=True, metavar="DIR", help="folder or URL")
     p.add_argument("--out", required=True, type=Path, metavar="DST")
     _add_sampler(p)
     p = _command(commands, "export", run_export, "turn a run's checkpoint into a folder for DiT.from_pretrained")
@@ -149,7 +151,7 @@ def run_eval(args: argparse.Namespace) -> dict:
     from blip3o_ds.evaluation.plots import plot_evaluation
     from blip3o_ds.evaluation.report import evaluate, format_table
 
-    folders = {folder.absolute().name: folder for folder in args.data}
+    folders = {Path(folder).absolute().name: folder for folder in args.data}
     if len(folders) < len(args.data):
         raise ConfigError("--data: two folders have the same name, and results go by the name")
     loaded, settings, device = _load(args)
@@ -322,8 +324,8 @@ def _positive(text: str) -> int:
 
 
 def _add_data(commands: Any) -> None:
-    p = _command(commands, "convert", run_convert, "turn pickled embedding shards into a dataset")
-    p.add_argument("src", metavar="SRC", type=Path)
+    p = _command(commands, "convert", run_convert, "turn pickled embedding shards, or a dataset, into a dataset")
+    p.add_argument("src", metavar="SRC", help="pickles, or a dataset's folder or URL")
     p.add_argument("dst", metavar="DST", type=Path)
     _add_storage(p)
     p = _command(commands, "extract", run_extract, "turn images into a dataset of embeddings")
@@ -338,12 +340,31 @@ def _add_data(commands: Any) -> None:
     _add_storage(p)
     p = _command(commands, "demo", run_demo, "make the demo set from photographs that come with scikit-image")
     p.add_argument("dst", metavar="DST", type=Path)
+    p = _command(commands, "append", run_append, "add the shards of other datasets to one, without rewriting them")
+    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("src", metavar="SRC", type=Path, nargs="+")
+    p = _command(
+        commands, "split", run_split, "divide a dataset by key into DST/train and DST/eval, without copying it"
+    )
+    p.add_argument("dir", metavar="DIR", help="folder or URL")
+    p.add_argument("dst", metavar="DST", type=Path)
+    p.add_argument(
+        "--fraction", type=float, default=0.05, metavar="X", help="held out in DST/eval; default %(default)s"
+    )
     p = _command(commands, "verify", run_verify, "check every shard, index and sample of a dataset")
+    p.add_argument("dir", metavar="DIR", help="folder or URL")
+    p.add_argument("--workers", type=int, metavar="N", help="shards read at a time; by default one a core, at most 8")
+    p = _command(
+        commands, "repair", run_repair, "rebuild indexes, and write shards again without their bad samples, in place"
+    )
     p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("--workers", type=int, metavar="N", help="shards read at a time; by default one a core, at most 8")
+    p = _command(commands, "bench", run_bench, "time the loader beside other ways of reading and the memory's speed")
+    p.add_argument("dir", metavar="DIR", type=Path, nargs="?", help="a dataset; by default a temporary one is made")
     p = _command(commands, "stats", run_stats, "sizes and per-channel statistics of a dataset")
-    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("dir", metavar="DIR", help="folder or URL")
     p = _command(commands, "inspect", run_inspect, "show a dataset's specification, or one sample")
-    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("dir", metavar="DIR", help="folder or URL")
     p.add_argument("key", metavar="KEY", nargs="?")
 
 
@@ -354,7 +375,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.convert import convert
+    from blip3o_ds.data.convert import convert, is_dataset
 
     result = convert(
         args.src,
@@ -363,12 +384,18 @@ def run_convert(args: argparse.Namespace) -> dict:
         dtype=args.dtype,
         samples_per_shard=args.samples_per_shard,
     )
+    if is_dataset(args.src) and result["source_dtype"] != args.dtype:
+        from blip3o_ds.evaluation.storage import ridge_cost
+
+        result["cost"]["ridge"] = ridge_cost(args.src, args.dst, args.training_mode)
     return _show(result)
 
 
 def run_extract(args: argparse.Namespace) -> dict:
     from blip3o_ds.encoders.extract import extract
+    from blip3o_ds.encoders.place import find_place
 
+    place = find_place(os.environ)
     result = extract(
         args.images,
         args.dst,
@@ -381,8 +408,17 @@ def run_extract(args: argparse.Namespace) -> dict:
         samples_per_shard=args.samples_per_shard,
         batch_size=args.batch_size,
         trust_remote_code=args.trust_remote_code,
+        device=_device(place.local_rank),
+        rank=place.rank,
+        world_size=place.world_size,
     )
     return _show(result)
+
+
+def _device(local_rank: int) -> str:
+    import torch
+
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def run_demo(args: argparse.Namespace) -> dict:
@@ -391,15 +427,41 @@ def run_demo(args: argparse.Namespace) -> dict:
     return _show(build_demo(args.dst))
 
 
+def run_append(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.append import append
+
+    return _show(append(args.dir, args.src))
+
+
+def run_split(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.split import split
+
+    return _show(split(args.dir, args.dst, args.fraction))
+
+
 def run_verify(args: argparse.Namespace) -> dict:
     from blip3o_ds.data.verify import verify
 
-    report = verify(args.dir)
+    report = verify(args.dir, args.workers)
     for problem in report.problems:
         print(problem)
     if report.problems:
         raise DataError(f"{args.dir}: {len(report.problems)} problems found, listed above")
     return _show(report.to_dict())
+
+
+def run_repair(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.repair import repair
+
+    return _show(asdict(repair(args.dir, args.workers)))
+
+
+def run_bench(args: argparse.Namespace) -> dict:
+    from blip3o_ds.data.bench import bench, format_bench
+
+    result = bench(args.dir)
+    print(format_bench(result))
+    return result
 
 
 def run_stats(args: argparse.Namespace) -> dict:

@@ -102,12 +102,16 @@ class SamplerConfig(_Section):
 class DataConfig(_Section):
     """What is read and in which order."""
 
-    train_dir: str | None = None  # a dataset folder; --chunked_embeddings_dir
-    eval_dirs: tuple[str, ...] = ()  # held-out dataset folders, each named by its last path component
+    train_dir: str | None = None  # a dataset's folder or URL; --chunked_embeddings_dir
+    eval_dirs: tuple[str, ...] = ()  # held-out datasets' folders or URLs, each named by its last path component
     normalization: Literal["minimal", "full", "standardize"] = "minimal"
     max_shards: int | None = Field(None, ge=1)
     window_shards: int = Field(16, ge=1)  # samples are shuffled within a window of this many shuffled shards
     prefetch_steps: int = Field(2, ge=1)
+    cache_dir: str | None = None  # shards of a URL, on a disk of the node; by default in the temporary folder
+    cache_gb: float = Field(100.0, gt=0)  # bound of cache_dir, GiB; two windows of shards should fit
+    on_bad_sample: Literal["error", "skip"] = "error"  # skip: another of its shard takes its place, and is reported
+    on_bad_shard: Literal["error", "skip"] = "error"  # skip: another shard's samples take the place of its own
 
 
 class TrainConfig(_Section):

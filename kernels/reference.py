@@ -5,10 +5,20 @@ All arithmetic is fp32 inside; an output has the dtype of its input, and paramet
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from blip3o_kernels.checks import (
+    check_dequantize_fp8,
+    check_flow_matching_loss,
+    check_gqa_attention,
+    check_qk_norm_rope,
+    check_rms_norm,
+    check_sandwich,
+    check_swiglu,
+)
 from torch import Tensor
 
 
@@ -37,12 +47,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, scale: Tensor | None 
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    D = x.shape[-1]
-    _check_floating("x", x)
-    _check_shape("weight", weight, (D,))
+    check_rms_norm(x, weight, scale)
     gain = weight.float()
     if scale is not None:
-        _check_shape("scale", scale, (x.shape[0], D))
         gain = _per_sample(gain * (1 + scale.float()), x)
     return _normalized(x, eps, gain).to(x.dtype)
 
@@ -74,12 +81,7 @@ def sandwich(
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    _check_floating("branch_out", branch_out, dims=3)
-    B, _, D = branch_out.shape
-    _check_shape("residual", residual, branch_out.shape)
-    _check_dtype("residual", residual, "branch_out", branch_out)
-    _check_shape("post_weight", post_weight, (D,))
-    _check_shape("gate", gate, (B, D))
+    check_sandwich(branch_out, residual, post_weight, gate, next_pre_weight, next_scale)
     gain = _per_sample(post_weight.float() * torch.tanh(gate.float()), branch_out)
     new_residual = torch.add(residual, _normalized(branch_out, eps, gain)).to(residual.dtype)
     return new_residual, rms_norm(new_residual, next_pre_weight, eps, next_scale)
@@ -106,37 +108,45 @@ def qk_norm_rope(
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin: give both tables or neither")
-    return _norm_rope("q", q, q_weight, cos, sin, eps), _norm_rope("k", k, k_weight, cos, sin, eps)
+    check_qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
+    return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps)
 
 
-def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def gqa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
     """`softmax(q kᵀ * scale) v` where `H / Hkv` query heads share a key head (Ainslie et al. 2023), unmasked.
 
-    Query head h reads key head `h // (H / Hkv)`.
+    Query head h reads key head `h // (H / Hkv)`. Samples of different lengths may be packed one behind the other; a
+    sample without keys gives zeros.
 
     Args:
-        q: `[B, Nq, H, D]`.  k, v: `[B, Nk, Hkv, D]`, H a multiple of Hkv.
-        scale: of the logits; None is `D ** -0.5`.
+        q: `[B, Nq, H, D]`; packed, `[Tq, H, D]`.
+        k, v: `[B, Nk, Hkv, D]`, H a multiple of Hkv; packed, `[Tk, Hkv, D]`.
+        scale: of the logits, positive; None is `D ** -0.5`.
+        cu_seqlens_q, cu_seqlens_k: `[B + 1]` int32, None for a dense batch: sample b is tokens `cu_seqlens[b]` up to
+            `cu_seqlens[b + 1]`, and the samples are all tokens.
+        max_seqlen: at least the most queries or keys of a sample, if packed.
 
     Returns:
-        `[B, Nq, H, D]`.
+        As q.
 
     Raises:
-        ValueError: naming the argument whose shape or dtype does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
     """
-    _check_floating("q", q, dims=4)
-    _check_floating("k", k, dims=4)
-    B, _, H, D = q.shape
-    if k.shape[0] != B or k.shape[3] != D or H % k.shape[2]:
-        raise ValueError(f"k: expected [{B}, Nk, Hkv, {D}] with Hkv dividing {H}, found {list(k.shape)}")
-    _check_shape("v", v, k.shape)
-    _check_dtype("k", k, "q", q)
-    _check_dtype("v", v, "q", q)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D], as views
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
+    check_gqa_attention(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen)
+    if cu_seqlens_q is None or cu_seqlens_k is None or max_seqlen is None:
+        return _dense_attention(q, k, v, scale)
+    lengths_q = _lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen)
+    lengths_k = _lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen)
+    samples = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    return torch.cat([q[:0], *(_dense_attention(*(x[None] for x in sample), scale)[0] for sample in samples)])
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -147,9 +157,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    _check_floating("gate", gate)
-    _check_shape("up", up, gate.shape)
-    _check_dtype("up", up, "gate", gate)
+    check_swiglu(gate, up)
     return F.silu(gate) * up
 
 
@@ -162,9 +170,7 @@ def flow_matching_loss(prediction: Tensor, target: Tensor) -> FlowLoss:
     Raises:
         ValueError: naming the argument whose shape or dtype does not fit.
     """
-    _check_floating("prediction", prediction, dims=3)
-    _check_floating("target", target)
-    _check_shape("target", target, prediction.shape)
+    check_flow_matching_loss(prediction, target)
     prediction, target = prediction.float(), target.float()
     mse = (prediction - target).square().mean(dim=(1, 2))
     with torch.no_grad():
@@ -173,6 +179,40 @@ def flow_matching_loss(prediction: Tensor, target: Tensor) -> FlowLoss:
         dot = (prediction * target).sum(dim=-1)
         cosine = dot / (prediction_norm * target_norm).clamp_min(1e-12)
     return FlowLoss(mse, cosine.mean(dim=1), prediction_norm.mean(dim=1), target_norm.mean(dim=1))
+
+
+def dequantize_fp8(stored: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`stored * scale` per token: embeddings kept as fp8 (e4m3, Micikevicius et al. 2022) with a scale for each token.
+
+    Args:
+        stored: `[..., D]`, float8_e4m3fn or the same bytes as uint8.
+        scale: `[...]`, fp32.
+        dtype: of the result; the product is fp32 and rounded once.
+
+    Returns:
+        `[..., D]` of `dtype`.
+
+    Raises:
+        ValueError: naming the argument whose shape or dtype does not fit.
+    """
+    check_dequantize_fp8(stored, scale)
+    return (stored.view(torch.float8_e4m3fn).float() * scale[..., None]).to(dtype)
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D], as views
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def _lengths(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[int]:
+    ends = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(ends)]
+    if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"{name}: expected to rise from 0 to {total}, the number of tokens, found {ends}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen: expected at least {max(lengths)}, by {name}, found {max_seqlen}")
+    return lengths
 
 
 def _normalized(x: Tensor, eps: float, gain: Tensor) -> Tensor:
@@ -187,14 +227,9 @@ def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     return values.view(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
 
 
-def _norm_rope(name: str, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
-    _check_floating(name, x, dims=4)
-    N, D = x.shape[1], x.shape[3]
-    _check_shape(f"{name}_weight", weight, (D,))
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     y = _normalized(x, eps, weight.float())
     if cos is not None and sin is not None:
-        _check_shape(f"cos (for {name})", cos, (N, D // 2))
-        _check_shape(f"sin (for {name})", sin, (N, D // 2))
         y = _rotate_pairs(y, cos.float()[:, None], sin.float()[:, None])  # tables: [N, 1, D/2]
     return y.to(x.dtype)
 
@@ -203,20 +238,3 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channels (2i, 2i+1) as a complex number, times `cos + i sin`: half the time of four real products on CPU."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name}: expected shape {list(expected)}, found {list(tensor.shape)}")
-
-
-def _check_floating(name: str, tensor: Tensor, dims: int | None = None) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating dtype, found {tensor.dtype}")
-    if dims is not None and tensor.dim() != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions, found shape {list(tensor.shape)}")
-
-
-def _check_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.dtype != other.dtype:
-        raise ValueError(f"{name}: expected {other.dtype} as {other_name} has, found {tensor.dtype}")

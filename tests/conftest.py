@@ -15,6 +15,8 @@ import torch
 
 PROJECT = Path(__file__).parent.parent
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any import of kernels
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Pickled embedding shards to a dataset: `convert`, one pickle in memory at a time.
+"""Pickled embedding shards to a dataset: `convert`, one pickle in memory at a time; it recasts datasets as well.
 
 The pickles are read without running them (see `pickles.py`), and a conversion that was interrupted goes on when it is
 asked for again.
@@ -21,7 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blip3o_ds.data.pickles import load_pickle
-from blip3o_ds.data.schema import DatasetSpec, Manifest, StorageDType, TokenLayout
+from blip3o_ds.data.recast import recast
+from blip3o_ds.data.remote import is_remote
+from blip3o_ds.data.schema import MANIFEST_NAME, DatasetSpec, Manifest, StorageDType, TokenLayout
 from blip3o_ds.data.writer import DatasetWriter
 from blip3o_ds.errors import DataError
 
@@ -42,13 +44,17 @@ def convert(
     dtype: StorageDType = "bf16",
     samples_per_shard: int = 512,
 ) -> dict[str, Any]:
-    """Convert pickled shards to a dataset in `dst`, or finish a conversion that was interrupted.
+    """Convert pickled shards, or another dataset, to a dataset in `dst`; finishes what was interrupted.
 
-    `src` is one pickle or a folder of `embeddings_shard_00000_patch_only.pkl` (or `_cls_patch.pkl`) files, each a
-    dict with `eva_blip3o_embeddings` [S, N, De], `clip_blip3o_embeddings` [S, N, Dc], `captions` and `keys`.
-    `token_layout="patch_only"` drops the CLS token of data that hold one; None keeps what is there. Returns counts
-    and the specification. Raises DataError that names the file and the field.
+    `src` is a dataset (see `recast`), one pickle or a folder of `embeddings_shard_00000_patch_only.pkl` (or
+    `_cls_patch.pkl`) files, each a dict with `eva_blip3o_embeddings` [S, N, De], `clip_blip3o_embeddings` [S, N, Dc],
+    `captions` and `keys`.
+    `token_layout="patch_only"` drops the CLS token of data that hold one; None keeps what is there. Returns counts,
+    the specification, and under `cost` what the stored dtype does to each side (see
+    `Distortion.to_dict`). Raises DataError that names the file and the field.
     """
+    if is_dataset(src):
+        return recast(src, dst, token_layout=token_layout, dtype=dtype, samples_per_shard=samples_per_shard)
     sources = _find_sources(Path(src), token_layout)
     seen: set[str] = set()
     with ExitStack() as stack:
@@ -76,7 +82,13 @@ def convert(
         "shards": len(manifest.shards),
         "bytes": sum(info.num_bytes for info in manifest.shards),
         "spec": manifest.spec.to_dict(),
+        "cost": writer.cost(),
     }
+
+
+def is_dataset(src: str | Path) -> bool:
+    """Whether `src` is a dataset's folder or a URL, and not pickles."""
+    return is_remote(src) or (Path(src) / MANIFEST_NAME).exists()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, read ahead by a thread.
+"""Batches for training and evaluation, read ahead by threads and copied ahead to the GPU.
 
 A step's samples depend on its position in the global order alone: every rank takes its slice of the same stretch,
 so another world size sees the same samples, and the state to save is one number.
@@ -6,38 +6,43 @@ so another world size sees the same samples, and the state to save is one number
 
 from __future__ import annotations
 
-import logging
-import os
-import queue
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from blip3o_ds.data.codec import decode
 from blip3o_ds.data.order import GlobalOrder
+from blip3o_ds.data.ring import Buffers, Step, StepRing
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.errors import DataError
-
-logger = logging.getLogger(__name__)
-
-_READ_THREADS = min(4, os.cpu_count() or 1)  # copies release the interpreter lock; four saturate a memory channel
-_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch on the CPU, in pinned memory where there is CUDA."""
+    """A micro-batch, as it is stored: of an fp8-e4m3 dataset `eva` and `clip` are float8_e4m3fn until `expand()`."""
 
     eva: Tensor  # [B, N, eva_dim]
     clip: Tensor  # [B, N, clip_dim]
-    positions: Tensor  # [B] int64: place in the endless order (evaluation: sequential index)
+    positions: Tensor  # [B] int64 on the CPU: place in the endless order (evaluation: sequential index)
     keys: list[str]
+    eva_scale: Tensor | None = None  # [B, N] fp32, of fp8-e4m3 alone
+    clip_scale: Tensor | None = None
+
+    def expand(self) -> Batch:
+        """The same with fp8-e4m3 multiplied out to bf16, where the batch is: on a GPU, one pass."""
+        eva, clip = decode(self.eva, self.eva_scale), decode(self.clip, self.clip_scale)
+        return replace(self, eva=eva, clip=clip, eva_scale=None, clip_scale=None)
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """All tensors but the positions, by name."""
+        named = {name: getattr(self, name) for name in ("eva", "clip", "eva_scale", "clip_scale")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 class EmbeddingLoader:
@@ -45,6 +50,14 @@ class EmbeddingLoader:
 
     A step takes the next G = micro_batch_size * gradient_accumulation_steps * world_size positions; rank r the
     r-th of `world_size` contiguous slices, cut into micro-batches in order. Use as a context manager or `close()`.
+
+    On a CUDA `device` the batches arrive there, copied one ahead on a stream of its own, and belong to the caller. On
+    the CPU they are views of buffers that are used again: a step's batches are overwritten after the next call of
+    `next_step`, so use them before it, or clone what you keep.
+
+    A bad sample is an error, or is replaced as `EmbeddingDataset` says; either way a position stays a position, so all
+    ranks do the same steps. Then a sound sample comes at its own position once an epoch, and once more for every bad
+    position that it fills; `positions` are those of the order, `keys` those of the samples that were read.
     """
 
     def __init__(
@@ -57,6 +70,7 @@ class EmbeddingLoader:
         rank: int,
         world_size: int,
         prefetch: int = 2,
+        device: torch.device | str = "cpu",
     ) -> None:
         sizes = {
             "micro_batch_size": micro_batch_size,
@@ -76,26 +90,42 @@ class EmbeddingLoader:
         self._dataset = dataset
         self._order = order
         self._micro_batch_size = micro_batch_size
-        self._accumulation = gradient_accumulation_steps
+        self._share = micro_batch_size * gradient_accumulation_steps
         self._rank = rank
         self._prefetch = prefetch
+        self._uploader = _Uploader(device) if torch.device(device).type == "cuda" else None
         self._position = 0
         self._closed = False
-        self._producer: _Producer | None = None
+        self._ring: StepRing | None = None
+        self._handed_out: Step | None = None
 
-    def next_step(self) -> list[Batch]:
-        """The next step's micro-batches; an error in the reading thread is raised here."""
+    def next_step(self) -> Iterator[Batch]:
+        """The next step's micro-batches; an error in a reading thread is raised here.
+
+        Ends the use of the step before: on the CPU its batches may be overwritten from now on.
+        """
         if self._closed:
             raise RuntimeError("the loader is closed")
-        if self._producer is None:
-            self._producer = _Producer(self._read_step, self._position, self.samples_per_step, self._prefetch)
+        if self._ring is None:
+            self._ring = self._start()
+        if self._handed_out is not None:
+            self._ring.release(self._handed_out)
+            self._handed_out = None
         started = time.perf_counter()
         try:
-            batches = self._producer.get()
+            step = self._ring.get()
         finally:
             self.wait_seconds += time.perf_counter() - started
+        self._handed_out = step
         self._position += self.samples_per_step
-        return batches
+        if self._uploader is None:
+            return iter(self._cut(step))
+        return self._uploader.feed(step, self._cut, self._ring.peek)
+
+    @property
+    def num_replaced(self) -> int:
+        """Reads so far that were given another sample than the one at their place, those read ahead included."""
+        return self._dataset.faults.num_replaced
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and samples handed out so far, over all ranks and epochs; what was only read ahead does not count."""
@@ -115,7 +145,7 @@ class EmbeddingLoader:
         self._position = position
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the thread to end."""
+        """Stop reading ahead and wait for the threads to end."""
         self._stop()
         self._closed = True
 
@@ -127,87 +157,100 @@ class EmbeddingLoader:
     ) -> None:
         self.close()
 
-    def _stop(self) -> None:
-        if self._producer is not None:
-            self._producer.close()
-            self._producer = None
+    def _start(self) -> StepRing:
+        return StepRing(
+            self._dataset,
+            self._order,
+            start=self._position + self._rank * self._share,
+            stride=self.samples_per_step,
+            rows=self._share,
+            num_buffers=self._prefetch + 2,  # and one that is handed out, one that is being filled
+            pin=self._uploader is not None,
+        )
 
-    def _read_step(self, position: int, pool: ThreadPoolExecutor) -> list[Batch]:
-        share = self._micro_batch_size * self._accumulation
-        start = position + self._rank * share
-        places = self._order.slice(start, start + share)
-        cuts = range(0, share, self._micro_batch_size)
+    def _stop(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = self._handed_out = None
+
+    def _cut(self, step: Step) -> list[Batch]:
         return [
-            _read_batch(self._dataset, places[cut : cut + self._micro_batch_size], start + cut, pool) for cut in cuts
+            _batch(step.buffers, step.keys, step.position, begin, begin + self._micro_batch_size)
+            for begin in range(0, self._share, self._micro_batch_size)
         ]
 
 
 def iterate_batches(
     dataset: EmbeddingDataset, batch_size: int, start: int = 0, stop: int | None = None
 ) -> Iterator[Batch]:
-    """Samples `start` to `stop` of the dataset in stored order, once; the last batch may be smaller."""
+    """Samples `start` to `stop` of the dataset in stored order, once, expanded; the last batch may be smaller."""
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, found {batch_size}")
     stop = len(dataset) if stop is None else min(stop, len(dataset))
-    places = [(shard, index) for shard, size in enumerate(dataset.shard_sizes) for index in range(size)]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for begin in range(start, stop, batch_size):
-            yield _read_batch(dataset, places[begin : min(begin + batch_size, stop)], begin, pool)
+    places = islice(_stored_order(dataset.shard_sizes, start), max(stop - start, 0))
+    for begin in range(start, stop, batch_size):
+        rows = list(islice(places, batch_size))
+        buffers = Buffers(dataset.spec, len(rows))
+        keys = [dataset.read_into(*place, row) for place, row in zip(rows, buffers.rows, strict=True)]
+        yield _batch(buffers, keys, begin, 0, len(rows)).expand()
 
 
-def _read_batch(
-    dataset: EmbeddingDataset, places: list[tuple[int, int]], position: int, pool: ThreadPoolExecutor
-) -> Batch:
-    pin = torch.cuda.is_available()
-    spec = dataset.spec
-    eva = torch.empty(len(places), spec.num_tokens, spec.eva_dim, dtype=dataset.dtype, pin_memory=pin)
-    clip = torch.empty(len(places), spec.num_tokens, spec.clip_dim, dtype=dataset.dtype, pin_memory=pin)
-
-    def read(row: int) -> str:
-        return dataset.read_into(*places[row], eva[row], clip[row])
-
-    keys = list(pool.map(read, range(len(places))))
-    return Batch(eva, clip, torch.arange(position, position + len(places)), keys)
+def _stored_order(sizes: list[int], start: int) -> Iterator[tuple[int, int]]:
+    """(shard, index) of sample `start` and those after it; of a large set, too many for a list."""
+    for shard, size in enumerate(sizes):
+        if start < size:
+            yield from ((shard, index) for index in range(start, size))
+        start = max(start - size, 0)
 
 
-class _Producer:
-    """A thread that reads whole steps ahead into a bounded queue until it is closed or fails."""
+def _batch(buffers: Buffers, keys: list[str], position: int, begin: int, end: int) -> Batch:
+    """Rows `begin` to `end` as views; `position` is that of row 0."""
+    tensors = {name: tensor[begin:end] for name, tensor in buffers.tensors.items()}
+    return Batch(positions=torch.arange(position + begin, position + end), keys=keys[begin:end], **tensors)
 
-    def __init__(self, read_step: Any, position: int, samples_per_step: int, prefetch: int) -> None:
-        self._read_step = read_step
-        self._samples_per_step = samples_per_step
-        self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(prefetch)
-        self._stopping = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(position,), name="embedding-loader", daemon=True)
-        self._thread.start()
 
-    def get(self) -> list[Batch]:
-        if self._failure is not None:
-            raise self._failure
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._failure = item
-            raise item
-        return item
+class _Upload(NamedTuple):
+    """A micro-batch on its way to the GPU."""
 
-    def close(self) -> None:
-        self._stopping.set()
-        self._thread.join()
+    step: Step
+    number: int  # in its step
+    batch: Batch  # on the GPU
+    arrived: torch.cuda.Event
 
-    def _run(self, position: int) -> None:
-        with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="embedding-reader") as pool:
-            try:
-                while not self._stopping.is_set():
-                    self._put(self._read_step(position, pool))
-                    position += self._samples_per_step
-            except BaseException as error:
-                self._put(error)
 
-    def _put(self, item: list[Batch] | BaseException) -> None:
-        while not self._stopping.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
+class _Uploader:
+    """Copies micro-batches to the GPU on a stream of its own, the next one while the present one is worked on."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device)
+        self._ahead: _Upload | None = None
+
+    def feed(self, step: Step, cut: Callable[[Step], list[Batch]], peek: Callable[[], Step | None]) -> Iterator[Batch]:
+        """The step's micro-batches on the GPU; while one is worked on, the next, of the next step too, is copied."""
+        batches = cut(step)
+        for number, batch in enumerate(batches):
+            upload = self._ahead
+            if upload is None or (upload.step, upload.number) != (step, number):
+                upload = self._upload(step, number, batch)
+            self._ahead = None
+            if number + 1 < len(batches):
+                self._ahead = self._upload(step, number + 1, batches[number + 1])
+            elif (following := peek()) is not None:
+                self._ahead = self._upload(following, 0, cut(following)[0])
+            yield self._received(upload)
+
+    def _upload(self, step: Step, number: int, batch: Batch) -> _Upload:
+        with torch.cuda.stream(self._stream):
+            moved = {name: x.to(self._device, non_blocking=True) for name, x in batch.embeddings().items()}
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        step.buffers.uploaded = arrived
+        return _Upload(step, number, replace(batch, **moved), arrived)
+
+    def _received(self, upload: _Upload) -> Batch:
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(upload.arrived)
+        for tensor in upload.batch.embeddings().values():
+            tensor.record_stream(stream)  # so that its memory is not given to the next copy while in use here
+        return upload.batch

@@ -14,15 +14,16 @@ import numpy as np
 from blip3o_ds.errors import DataError
 
 _CACHED_WINDOWS = 2  # a step may straddle two windows
+_CACHED_EPOCHS = 2  # and two epochs, and so may the windows that are read next
 _SHARD_STREAM = 0  # windows take streams 1, 2, ...
 
 
 class GlobalOrder:
     """Finds the sample at a global position.
 
-    `shard_sizes` are samples per shard, `window_shards` is the number of shards whose samples are mixed. Holds the
-    permutation of the shards and of two windows, whatever the size of the dataset. Not for use by several threads
-    at once.
+    `shard_sizes` are samples per shard, `window_shards` is the number of shards whose samples are mixed. Holds
+    two epochs' permutations of the shards and two windows' of their samples, whatever the size of the dataset. Not
+    for use by several threads at once.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window_shards: int = 16) -> None:
@@ -36,7 +37,7 @@ class GlobalOrder:
         self.seed = seed
         self.window_shards = window_shards
         self.num_samples = int(self._sizes.sum())
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -59,13 +60,27 @@ class GlobalOrder:
             start += last - first
         return places
 
+    def shards_near(self, position: int) -> list[int]:
+        """The shards of the window at a global position and of the window after it: what is read now and next."""
+        epoch, within = divmod(position, self.num_samples)
+        shards, ends = self._shard_order(epoch)
+        window = int(np.searchsorted(ends, within, side="right"))
+        near = shards[window * self.window_shards : (window + 2) * self.window_shards].tolist()
+        if window + 1 == len(ends):
+            near += self._shard_order(epoch + 1)[0][: self.window_shards].tolist()
+        return near
+
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of an epoch in order, and the position within the epoch at which each window ends."""
-        if self._epoch is None or self._epoch[0] != epoch:
+        cached = self._epochs.pop(epoch, None)
+        if cached is None:
             shards = _permutation(self.seed, epoch, _SHARD_STREAM, len(self._sizes))
             starts = np.arange(0, len(shards), self.window_shards)
-            self._epoch = epoch, shards, np.cumsum(np.add.reduceat(self._sizes[shards], starts))
-        return self._epoch[1], self._epoch[2]
+            cached = shards, np.cumsum(np.add.reduceat(self._sizes[shards], starts))
+        self._epochs[epoch] = cached
+        if len(self._epochs) > _CACHED_EPOCHS:
+            self._epochs.popitem(last=False)
+        return cached
 
     def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard and index of every sample of a window, mixed."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import collections
 import io
+import math
+import os
 import pickle
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -34,8 +37,10 @@ def load_pickle(path: str | Path) -> Any:
     try:
         with open(path, "rb") as file:
             return _load(file, path)
-    except (DataError, MemoryError):
+    except DataError:
         raise
+    except MemoryError as error:
+        raise DataError(f"{path}: needs more memory than there is, or is damaged") from error
     except FileNotFoundError as error:
         raise DataError(f"{path}: not found") from error
     except OSError as error:
@@ -70,9 +75,27 @@ def _torch_load(file: BinaryIO, where: str) -> Any:
         raise _refusal(where, refused.group(1)) from None
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
+class _BoundedFile:
+    """A file that refuses to read past its end, before any memory is set aside for it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._num_bytes = os.fstat(file.fileno()).st_size
+        self.readline = file.readline
+
+    def read(self, size: int) -> bytes:
+        if size > self._num_bytes - self._file.tell():
+            raise EOFError(f"{size} bytes are announced, and the file ends before them")
+        return self._file.read(size)
+
+
+class _RestrictedUnpickler(pickle._Unpickler):
+    """The unpickler written in Python: the one in C believes the lengths and places that a file announces, and takes
+    memory for them first. What is read here is few objects and large, so it costs nothing.
+    """
+
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        super().__init__(file)
+        super().__init__(_BoundedFile(file))
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
@@ -84,6 +107,23 @@ class _RestrictedUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise _refusal(str(self._path), f"{module}.{name}")
+
+    def load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    def load_build(self) -> None:
+        # State makes arrays and dtypes whole; on anything else, such as a class, it would change what later loads do.
+        if type(self.stack[-2]) not in (_Array, _Dtype):
+            raise pickle.UnpicklingError(f"state for a {type(self.stack[-2]).__name__}")
+        state = self.stack.pop()
+        self.stack[-1].__setstate__(state)
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.BUILD[0]: load_build,
+    }
 
 
 def _refusal(where: str, name: str) -> DataError:
@@ -104,7 +144,7 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: A
         raise pickle.UnpicklingError(f"a tensor on a {type(storage).__name__} instead of a storage")
     num_values = storage._untyped_storage.nbytes() // storage.dtype.itemsize
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    if min(offset, *size, *stride) < 0 or (0 not in size and last >= num_values):
+    if min(offset, *size, *stride) < 0 or (0 not in size and max(last + 1, math.prod(size)) > num_values):
         # torch would enlarge the storage, with whatever was in memory there.
         raise pickle.UnpicklingError(f"a tensor {list(size)} out of bounds of its {num_values} values")
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
@@ -135,7 +175,7 @@ class _Array(np.ndarray):
     def __setstate__(self, state: tuple) -> None:  # type: ignore[override]
         version, shape, dtype, is_fortran, content = state
         dtype = _plain(dtype)
-        expected = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        expected = dtype.itemsize * math.prod(shape)
         if not isinstance(content, bytes) or len(content) != expected or min(shape, default=0) < 0:
             raise pickle.UnpicklingError(f"a numpy array of shape {shape} and {dtype} with other content")
         super().__setstate__((version, shape, dtype, is_fortran, content))
@@ -159,6 +199,14 @@ def _numpy_scalar(dtype: Any, content: bytes) -> Any:
     return np.frombuffer(content, dtype=_plain(dtype), count=1)[0]
 
 
+def _bytearray(content: Any = b"", encoding: str = "latin1") -> bytearray:
+    if isinstance(content, str):
+        content = _encode_latin1(content, encoding.replace("-", ""))
+    if not isinstance(content, bytes):
+        raise pickle.UnpicklingError(f"a bytearray of a {type(content).__name__}")
+    return bytearray(content)
+
+
 def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text encoding {encoding!r} instead of latin1")
@@ -179,8 +227,9 @@ def _admitted() -> dict[tuple[str, str], Callable[..., Any]]:
         admitted[module + ".multiarray", "scalar"] = _numpy_scalar
         admitted[module + ".numeric", "_frombuffer"] = _array_from_buffer
     for module in ("builtins", "__builtin__"):
-        for kind in (set, frozenset, bytearray, complex):
+        for kind in (set, frozenset, complex):
             admitted[module, kind.__name__] = kind
+        admitted[module, "bytearray"] = _bytearray
     return admitted
 
 

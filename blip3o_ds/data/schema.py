@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from blip3o_ds.data.selection import Selection
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write_json
 
@@ -84,7 +86,7 @@ class DatasetSpec:
         return asdict(self)
 
     @staticmethod
-    def from_dict(content: Any, source: Path) -> DatasetSpec:
+    def from_dict(content: Any, source: Path | str) -> DatasetSpec:
         """Read a specification out of JSON; `source` is the file that errors name."""
         kinds = {f.name: int if f.type == "int" else str for f in fields(DatasetSpec)}
         values = {name: _field(content, name, kind, source, "spec") for name, kind in kinds.items()}
@@ -115,15 +117,20 @@ class ChannelStats:
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The table of contents of a dataset folder."""
+    """The table of contents of a dataset folder.
+
+    With a `selection` the folder holds no shards of its own: `shards` are those of the dataset `selection.of` that
+    hold samples of the part, with the number of samples selected, and the statistics are of those samples alone.
+    """
 
     spec: DatasetSpec
     shards: tuple[ShardInfo, ...]
     eva_stats: ChannelStats
     clip_stats: ChannelStats
     extra: dict[str, Any]
+    selection: Selection | None = None
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         return sum(shard.num_samples for shard in self.shards)
 
@@ -131,7 +138,12 @@ class Manifest:
     def load(dataset_dir: str | Path) -> Manifest:
         """Read and check `dataset_dir/manifest.json`; every fault is a DataError that names file and field."""
         path = Path(dataset_dir) / MANIFEST_NAME
-        content = _read_json(path)
+        return Manifest.parse(_read(path), path)
+
+    @staticmethod
+    def parse(text: bytes, path: Path | str) -> Manifest:
+        """Check the content of a manifest; `path` is the file or URL that errors name."""
+        content = _parse_json(text, path)
         version = _field(content, "format_version", int, path)
         if version != FORMAT_VERSION:
             raise DataError(
@@ -146,6 +158,7 @@ class Manifest:
             eva_stats=_read_stats(stats, "eva", spec.eva_dim, path),
             clip_stats=_read_stats(stats, "clip", spec.clip_dim, path),
             extra=_field(content, "extra", dict, path),
+            selection=_read_selection(content, path),
         )
         _check_counts(manifest, _field(content, "num_samples", int, path), path)
         return manifest
@@ -157,47 +170,69 @@ class Manifest:
             "spec": self.spec.to_dict(),
             "num_samples": self.num_samples,
             "extra": self.extra,
-            "shards": [asdict(shard) for shard in self.shards],
+            **({"selection": asdict(self.selection)} if self.selection else {}),
+            "shards": [vars(shard) for shard in self.shards],
             "stats": {"eva": _stats_to_dict(self.eva_stats), "clip": _stats_to_dict(self.clip_stats)},
         }
         atomic_write_json(Path(dataset_dir) / MANIFEST_NAME, content)
 
 
-def _read_json(path: Path) -> Any:
+def _read(path: Path) -> bytes:
     try:
-        return json.loads(path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing: this is no dataset folder, or writing it was interrupted; {_MAKERS} make one"
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+
+
+def _parse_json(text: bytes, path: Path | str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); write the dataset again with {_MAKERS}") from error
 
 
-def _field(content: Any, name: str, kind: type, path: Path, parent: str = "") -> Any:
+def _field(content: Any, name: str, kind: type, path: Path | str, parent: str = "") -> Any:
     label = f"{parent}.{name}" if parent else name
     if not isinstance(content, dict):
         raise DataError(f"{path}: {parent or 'the file'} must be a JSON object, found {type(content).__name__}")
     if name not in content:
         raise DataError(f"{path}: field {label} is missing; write the dataset again with {_MAKERS}")
     value = content[name]
-    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not 0 <= value < 1 << 63)):
         expected = "non-negative integer" if kind is int else kind.__name__
         raise DataError(f"{path}: field {label} must be a {expected}, found {str(value)[:80]!r}")
     return value
 
 
-def _read_shard_info(entry: Any, path: Path) -> ShardInfo:
+def _read_shard_info(entry: Any, path: Path | str) -> ShardInfo:
     kinds = {"name": str, "num_samples": int, "num_bytes": int, "sha256": str}
     info = ShardInfo(**{name: _field(entry, name, kind, path, "shards[]") for name, kind in kinds.items()})
-    if Path(info.name).name != info.name:
+    if not _is_file_name(info.name):
         raise DataError(f"{path}: shards[].name must be a file name without a folder, found {info.name!r}")
     return info
 
 
-def _read_stats(stats: dict[str, Any], side: str, dim: int, path: Path) -> ChannelStats:
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and name not in ("", "..") and len(name) < 200
+
+
+def _read_selection(content: dict[str, Any], path: Path | str) -> Selection | None:
+    if "selection" not in content:
+        return None
+    entry = _field(content, "selection", dict, path)
+    kinds = {"of": str, "fraction": float, "part": str}
+    values = {name: _field(entry, name, kind, path, "selection") for name, kind in kinds.items()}
+    try:
+        return Selection(**values)
+    except DataError as error:
+        raise DataError(f"{path}: selection: {error}") from error
+
+
+def _read_stats(stats: dict[str, Any], side: str, dim: int, path: Path | str) -> ChannelStats:
     content = _field(stats, side, dict, path, "stats")
     count = _field(content, "count", int, path, f"stats.{side}")
     mean = _read_channels(content, "mean", side, dim, path)
@@ -205,20 +240,20 @@ def _read_stats(stats: dict[str, Any], side: str, dim: int, path: Path) -> Chann
     return ChannelStats(mean=mean, var=var, count=count)
 
 
-def _read_channels(content: dict[str, Any], name: str, side: str, dim: int, path: Path) -> np.ndarray:
+def _read_channels(content: dict[str, Any], name: str, side: str, dim: int, path: Path | str) -> np.ndarray:
     values = _field(content, name, list, path, f"stats.{side}")
     try:
         channels = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: field stats.{side}.{name} must be a list of numbers ({error})") from error
     if channels.shape != (dim,):
         raise DataError(f"{path}: stats.{side}.{name} holds {channels.size} channels, spec.{side}_dim is {dim}")
-    if not np.isfinite(channels).all():
-        raise DataError(f"{path}: stats.{side}.{name} holds values that are not finite")
+    if not np.isfinite(channels).all() or (name == "var" and (channels < 0).any()):
+        raise DataError(f"{path}: stats.{side}.{name} holds values that are not finite, or negative variances")
     return channels
 
 
-def _check_counts(manifest: Manifest, num_samples: int, path: Path) -> None:
+def _check_counts(manifest: Manifest, num_samples: int, path: Path | str) -> None:
     if manifest.num_samples != num_samples:
         raise DataError(
             f"{path}: num_samples is {num_samples}, but the shards' num_samples add up to {manifest.num_samples}"

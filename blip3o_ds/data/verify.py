@@ -1,34 +1,28 @@
 """Looking at a dataset without training on it: `verify` reads every byte, `stats` and `inspect` only what they show.
 
-`verify` goes by the tar itself, walked with `tarfile`, and so checks the index as well as the data. All results can be
-written as JSON.
+`verify` goes by the tars themselves, and so checks the indexes as well as the data. All results can be written as
+JSON.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import tarfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.codec import decode, has_nonfinite, parse_header, stored_tensors
-from blip3o_ds.data.index import ShardIndex, index_path
-from blip3o_ds.data.moments import ChannelMoments
-from blip3o_ds.data.schema import ChannelStats, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.examine import SIDES, ShardReport, compare_stats, examine_all, no_moments
+from blip3o_ds.data.remote import is_remote
+from blip3o_ds.data.schema import ChannelStats, Manifest
 from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.source import load_manifest, open_source, shards_location
 from blip3o_ds.data.writer import shard_paths
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import sha256_file
 
-_SIDES = ("eva", "clip")
 _FIRST_KEYS = 10
 
 
@@ -49,31 +43,30 @@ class VerifyReport:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(dataset_dir: str | Path) -> VerifyReport:
+def verify(dataset_dir: str | Path, workers: int | None = None) -> VerifyReport:
     """Check a dataset whole: checksums, sizes, index against tar, shapes, values, keys and statistics.
 
-    Goes on after a problem, so the report lists all of them, each with its file and key.
+    Goes on after a problem, so the report lists all of them, each with its file and key, in the order of the shards.
+    `workers` shards are read at a time, each byte once; by default as many as there are cores, at most 8.
     """
+    if workers is not None and workers < 1:
+        raise DataError(f"workers must be at least 1, found {workers}")
     report = VerifyReport()
-    folder = Path(dataset_dir)
     try:
-        manifest = Manifest.load(folder)
+        manifest = load_manifest(dataset_dir)
+        source = open_source(shards_location(dataset_dir, manifest))
     except DataError as error:
         report.problems.append(str(error))
         return report
     seen: dict[str, str] = {}
-    moments = {"eva": ChannelMoments.empty(manifest.spec.eva_dim), "clip": ChannelMoments.empty(manifest.spec.clip_dim)}
-    for info in manifest.shards:
-        _verify_shard(folder / info.name, info, manifest.spec, report, seen, moments)
-    listed = {info.name for info in manifest.shards}
-    report.problems += [
-        f"{path}: not listed in the manifest; remove it, or repeat the command that wrote it"
-        for path in shard_paths(folder)
-        if path.name not in listed
-    ]
+    moments = no_moments(manifest.spec)
+    for shard in examine_all(source, manifest, workers):
+        _add(report, shard, seen)
+        moments = {side: moments[side].merge(shard.selected_moments[side]) for side in SIDES}
+    report.problems += _unlisted(dataset_dir, manifest)
     if report.ok:  # a missing or damaged sample would show here once more
         for side, stats in (("eva", manifest.eva_stats), ("clip", manifest.clip_stats)):
-            _compare_stats(f"{folder}: manifest statistics of {side}", stats, moments[side], report)
+            report.problems += compare_stats(f"{dataset_dir}: manifest statistics of {side}", stats, moments[side])
     return report
 
 
@@ -83,7 +76,7 @@ def stats(dataset_dir: str | Path) -> dict[str, Any]:
     Per side: `mean` over channels, `std_min`, `std_median`, `std_max` over channels, and `rms_token_norm`, the root of
     the mean squared L2 norm of a token.
     """
-    manifest = Manifest.load(dataset_dir)
+    manifest = load_manifest(dataset_dir)
     spec = manifest.spec
     return {
         "samples": manifest.num_samples,
@@ -93,6 +86,7 @@ def stats(dataset_dir: str | Path) -> dict[str, Any]:
         **spec.to_dict(),
         "eva": _summary(manifest.eva_stats),
         "clip": _summary(manifest.clip_stats),
+        **({"selection": asdict(manifest.selection)} if manifest.selection else {}),
         "extra": manifest.extra,
     }
 
@@ -103,11 +97,12 @@ def inspect(dataset_dir: str | Path, key: str | None = None) -> dict[str, Any]:
     if key is None:
         return {
             "spec": dataset.spec.to_dict(),
+            **({"selection": asdict(dataset.manifest.selection)} if dataset.manifest.selection else {}),
             "samples": len(dataset),
             "shards": [asdict(info) for info in dataset.manifest.shards],
             "first_keys": [dataset.key(0, i) for i in range(min(_FIRST_KEYS, dataset.shard_sizes[0]))],
         }
-    shard, index = _find(Path(dataset_dir), dataset, key)
+    shard, index = _find(dataset, key)
     sample = dataset.read(shard, index)
     return {
         "key": key,
@@ -119,144 +114,26 @@ def inspect(dataset_dir: str | Path, key: str | None = None) -> dict[str, Any]:
     }
 
 
-def _verify_shard(
-    path: Path,
-    info: ShardInfo,
-    spec: DatasetSpec,
-    report: VerifyReport,
-    seen: dict[str, str],
-    moments: dict[str, ChannelMoments],
-) -> None:
-    problems = report.problems
-    if not path.is_file():
-        problems.append(f"{path}: listed in the manifest, but missing; copy the dataset again")
-        return
-    size = path.stat().st_size
-    if size != info.num_bytes:
-        problems.append(f"{path}: {size} bytes, the manifest says {info.num_bytes}; copy or write it again")
-    elif sha256_file(path) != info.sha256:
-        problems.append(f"{path}: its SHA-256 is not the manifest's; copy or write it again")
-    report.num_shards += 1
-    report.num_bytes += size
-    index = _verify_index(path, info, spec, problems)
-    found = {"eva": ChannelMoments.empty(spec.eva_dim), "clip": ChannelMoments.empty(spec.clip_dim)}
-    keys = []
-    try:
-        for number, member in enumerate(_walk(path)):
-            keys.append(member.key)
-            if member.key in seen:
-                problems.append(f"{path}: key {member.key!r} appears in {seen[member.key]} as well")
-            seen[member.key] = path.name
-            _verify_sample(path, member, number, spec, index, problems, found)
-    except (tarfile.TarError, EOFError, DataError) as error:
-        problems.append(f"{path}: the tar cannot be read after {len(keys)} samples ({error})")
-    report.num_samples += len(keys)
-    if len(keys) != info.num_samples:
-        problems.append(f"{path}: holds {len(keys)} samples, the manifest says {info.num_samples}")
-    if index is not None and keys != list(index.keys):
-        problems.append(f"{path}: its keys are not those of its index; write the shard again")
-    for side in _SIDES:
-        if index is not None and found[side].count == getattr(index, f"{side}_moments").count:
-            stored: ChannelMoments = getattr(index, f"{side}_moments")
-            _compare_stats(f"{index_path(path)}: statistics of {side}", stored.to_stats(), found[side], report)
-        moments[side] = moments[side].merge(found[side])
+def _add(report: VerifyReport, shard: ShardReport, seen: dict[str, str]) -> None:
+    report.problems += shard.problems
+    for key in shard.keys:
+        if key in seen:
+            report.problems.append(f"{shard.path}: key {key!r} appears in {seen[key]} as well")
+        seen.setdefault(key, shard.path.name)
+    report.num_shards += bool(shard.num_bytes)
+    report.num_samples += shard.selected
+    report.num_bytes += shard.num_bytes
 
 
-def _verify_index(path: Path, info: ShardInfo, spec: DatasetSpec, problems: list[str]) -> ShardIndex | None:
-    try:
-        index = ShardIndex.load(index_path(path))
-    except DataError as error:
-        problems.append(str(error))
-        return None
-    if ShardInfo(info.name, len(index.keys), index.num_bytes, index.sha256) != info:
-        problems.append(f"{index_path(path)}: its sample count, size or checksum is not the manifest's")
-    if index.spec != spec:
-        problems.append(f"{index_path(path)}: its spec differs from the manifest's ({index.spec.differences(spec)})")
-        return None
-    return index
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A sample as the tar holds it: content of its two files, and where they start."""
-
-    key: str
-    tensors: bytes
-    tensors_offset: int
-    meta: bytes
-    meta_offset: int
-
-
-def _walk(path: Path) -> Iterator[_Member]:
-    with tarfile.open(path, "r:") as tar:
-        members = iter(tar)
-        for first in members:
-            second = next(members, None)
-            key, _, suffix = first.name.partition(".")
-            if suffix != "safetensors" or second is None or second.name != f"{key}.json":
-                raise DataError(
-                    f"{first.name} is followed by {second.name if second else 'nothing'}; every <key>.safetensors "
-                    "must be followed by its <key>.json"
-                )
-            tensors, meta = tar.extractfile(first), tar.extractfile(second)
-            if tensors is None or meta is None:
-                raise DataError(f"{first.name} or {second.name} is not a regular file")
-            yield _Member(key, tensors.read(), first.offset_data, meta.read(), second.offset_data)
-
-
-def _verify_sample(
-    path: Path,
-    member: _Member,
-    number: int,
-    spec: DatasetSpec,
-    index: ShardIndex | None,
-    problems: list[str],
-    found: dict[str, ChannelMoments],
-) -> None:
-    where = f"{path}: sample {member.key!r}"
-    try:
-        json.loads(member.meta)
-    except ValueError as error:
-        problems.append(f"{where}: its .json is damaged ({error})")
-    try:
-        _, offsets = parse_header(member.tensors, spec, where)
-        tensors = safetensors.torch.load(member.tensors)
-    except DataError as error:
-        problems.append(str(error))
-        return
-    except safetensors.SafetensorError as error:
-        problems.append(f"{where}: its .safetensors is damaged ({error})")
-        return
-    if index is not None and number < len(index.keys) and not _index_agrees(index, number, member, offsets):
-        problems.append(f"{where}: the index points elsewhere; write the shard again")
-    for side in _SIDES:
-        values = decode(tensors[side], tensors.get(f"{side}_scale"))
-        if has_nonfinite(values):
-            problems.append(f"{where}: {side} holds NaN or infinity")
-        else:
-            found[side] = found[side].merge(ChannelMoments.of(values.double().numpy()))
-
-
-def _index_agrees(index: ShardIndex, i: int, member: _Member, offsets: dict[str, int]) -> bool:
-    expected = {
-        "tensors_offset": member.tensors_offset,
-        "tensors_size": len(member.tensors),
-        "meta_offset": member.meta_offset,
-        "meta_size": len(member.meta),
-    }
-    return all(index.members[name][i] == value for name, value in expected.items()) and all(
-        index.tensors[tensor.name][i] == member.tensors_offset + offsets[tensor.name]
-        for tensor in stored_tensors(index.spec)
-    )
-
-
-def _compare_stats(label: str, stored: ChannelStats, found: ChannelMoments, report: VerifyReport) -> None:
-    recomputed = found.to_stats()
-    scale = np.sqrt(recomputed.var + np.square(recomputed.mean))  # of a channel's values
-    mean_off = np.abs(stored.mean - recomputed.mean) > 1e-6 * scale
-    var_off = np.abs(stored.var - recomputed.var) > 1e-6 * np.square(scale)
-    if stored.count != recomputed.count or mean_off.any() or var_off.any():
-        report.problems.append(f"{label} differ from those of the data in {int((mean_off | var_off).sum())} channels")
+def _unlisted(location: str | Path, manifest: Manifest) -> list[str]:
+    if is_remote(location) or manifest.selection is not None:
+        return []
+    listed = {info.name for info in manifest.shards}
+    return [
+        f"{path}: not listed in the manifest; remove it, or repeat the command that wrote it"
+        for path in shard_paths(Path(location))
+        if path.name not in listed
+    ]
 
 
 def _summary(side: ChannelStats) -> dict[str, float]:
@@ -270,12 +147,12 @@ def _summary(side: ChannelStats) -> dict[str, float]:
     }
 
 
-def _find(folder: Path, dataset: EmbeddingDataset, key: str) -> tuple[int, int]:
-    for shard, info in enumerate(dataset.manifest.shards):
-        keys = ShardIndex.load(index_path(folder / info.name)).keys
+def _find(dataset: EmbeddingDataset, key: str) -> tuple[int, int]:
+    for shard in range(len(dataset.manifest.shards)):
+        keys = dataset.keys(shard)
         if key in keys:
             return shard, keys.index(key)
-    raise DataError(f"{folder}: no sample has the key {key!r}; its first key is {dataset.key(0, 0)!r}")
+    raise DataError(f"{dataset.location}: no sample has the key {key!r}; its first key is {dataset.key(0, 0)!r}")
 
 
 def _describe(values: Tensor) -> dict[str, Any]:

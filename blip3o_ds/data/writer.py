@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from blip3o_ds.data.codec import decode, encode, has_nonfinite, parse_header, stored_tensors, to_bytes
+from blip3o_ds.data.distortion import Distortion
 from blip3o_ds.data.index import ShardIndex, check_tar_size, index_path
 from blip3o_ds.data.moments import ChannelMoments
 from blip3o_ds.data.schema import MANIFEST_NAME, DatasetSpec, Manifest, ShardInfo
@@ -82,7 +83,8 @@ class DatasetWriter:
             raise DataError(f"key {key!r} comes twice; keys must be unique in a dataset ({self._dst})")
         try:
             if self._shard is None:
-                self._shard = ShardWriter(self._dst / f"shard_{len(self._shards):05d}.tar", self.spec)
+                path = self._dst / f"shard_{len(self._shards):05d}.tar"
+                self._shard = ShardWriter(path, self.spec, self._distortions)
             self._shard.write(key, eva, clip, meta)
             self._keys.add(key)
             if self._shard.num_samples >= self._samples_per_shard:
@@ -92,6 +94,10 @@ class DatasetWriter:
             self._abort()
             self._failure = _write_failed(self._dst, error)
             raise self._failure from error
+
+    def cost(self) -> dict[str, Any]:
+        """What the cast to the stored dtype did to the samples written here, by side; see `Distortion.to_dict`."""
+        return {side: distortion.to_dict() for side, distortion in self._distortions.items()}
 
     def done_keys(self) -> set[str]:
         """Keys of the samples already written, those of a resumed dataset included."""
@@ -126,6 +132,7 @@ class DatasetWriter:
         self._keys: set[str] = set()
         self._eva_moments = ChannelMoments.empty(spec.eva_dim)
         self._clip_moments = ChannelMoments.empty(spec.clip_dim)
+        self._distortions = {"eva": Distortion(), "clip": Distortion()}
         self._shard: ShardWriter | None = None
         self._failure: DataError | None = None
         try:
@@ -175,9 +182,11 @@ class DatasetWriter:
 class ShardWriter:
     """Writes one tar and, when finished, its index; the tar appears under its name only then."""
 
-    def __init__(self, path: Path, spec: DatasetSpec) -> None:
+    def __init__(self, path: Path, spec: DatasetSpec, distortions: dict[str, Distortion]) -> None:
+        """`distortions`, of each side, count what `write` encodes."""
         self.path = path
         self._spec = spec
+        self._distortions = distortions
         self._pending = atomic_write(path)
         self._tar = _HashingFile(self._pending.__enter__())
         self._keys: list[str] = []
@@ -195,13 +204,24 @@ class ShardWriter:
     def write(self, key: str, eva: Tensor, clip: Tensor, meta: dict[str, Any]) -> None:
         """Append a sample; nothing reaches the file unless all of it is valid."""
         tensors: dict[str, Tensor] = {}
-        moments: list[ChannelMoments] = []
+        decoded: dict[str, Tensor] = {}
         for side, values, dim in (("eva", eva, self._spec.eva_dim), ("clip", clip, self._spec.clip_dim)):
             stored, scale, seen = self._encode(key, side, values, dim)
             tensors[side] = stored
             if scale is not None:
                 tensors[f"{side}_scale"] = scale
-            moments.append(ChannelMoments.of(seen.float().numpy()))
+            decoded[side] = seen
+        self._append(key, tensors, decoded, meta)
+        for side, given in (("eva", eva), ("clip", clip)):
+            self._distortions[side].add(given.detach().cpu(), decoded[side])
+
+    def write_stored(self, key: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Append a sample whose tensors are as a shard of this specification stores them, to the bit."""
+        decoded = {side: decode(tensors[side], tensors.get(f"{side}_scale")) for side in ("eva", "clip")}
+        self._append(key, tensors, decoded, meta)
+
+    def _append(self, key: str, tensors: dict[str, Tensor], decoded: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        moments = {side: ChannelMoments.of(values.float().numpy()) for side, values in decoded.items()}
         content = to_bytes(tensors)
         _, offsets = parse_header(content, self._spec, f"{self.path}: sample {key}")
         meta_content = _meta_bytes(key, meta)
@@ -211,8 +231,8 @@ class ShardWriter:
             self._tensors[name].append(start + offset)
         self._member(f"{key}.json", meta_content, "meta")
         self._keys.append(key)
-        self._eva_moments = self._eva_moments.merge(moments[0])
-        self._clip_moments = self._clip_moments.merge(moments[1])
+        self._eva_moments = self._eva_moments.merge(moments["eva"])
+        self._clip_moments = self._clip_moments.merge(moments["clip"])
 
     def finish(self) -> ShardIndex:
         """Close the tar, then write the index that makes it count."""

@@ -1,7 +1,7 @@
 """Pictures to a dataset of paired embeddings: decode, run both encoders, write shards.
 
-It can be interrupted at any time and started again with the same arguments: complete shards stay, the rest is
-redone.
+It can be interrupted at any time and started again with the same arguments, on any number of processes: complete shards
+stay, the rest is redone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -24,13 +24,14 @@ from torch import Tensor
 from blip3o_ds.data.schema import DatasetSpec, StorageDType, TokenLayout
 from blip3o_ds.data.shards import DatasetWriter
 from blip3o_ds.encoders.encoder import EncoderSpec, PatchEncoder
-from blip3o_ds.encoders.images import ImageRecord, iterate_images
+from blip3o_ds.encoders.images import ImagePart, ImageRecord, image_parts
+from blip3o_ds.encoders.parts import BROKEN_NAME, Extraction
 from blip3o_ds.encoders.registry import find_spec, load_encoder
 from blip3o_ds.errors import DataError, EncoderError
 
 logger = logging.getLogger(__name__)
 
-BROKEN_NAME = "broken_images.jsonl"
+_SHARDS_PER_PART = 8  # of a folder of files; a tar is a part by itself
 _LOG_SECONDS = 10.0
 _MAX_DECODE_THREADS = 8
 _MAX_ASPECT_RATIO = 64
@@ -50,26 +51,84 @@ def extract(
     batch_size: int = 16,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, Any]:
-    """Encode every picture of `images` (see `iterate_images`) with two encoders into the dataset `dst`.
+    """Encode every picture of `images` (see `image_parts`) with two encoders into the dataset `dst`.
 
-    `condition` and `target` are names from the registry; `dtype` is that of the stored embeddings. Returns
-    the counts `written`, `skipped_existing` and `broken`, and `seconds`. Raises EncoderError when the
-    encoders do not fit together or cannot be loaded, DataError when there is no usable picture or `dst` holds
-    another dataset.
+    Process `rank` of `world_size` takes every `world_size`-th part of the source, and whichever ends last joins them:
+    the dataset is the same however many there were. They meet in the file system alone, so they need not run at the
+    same time. `condition` and `target` are names from the registry; `dtype` is that of the stored embeddings.
+    Returns this process's counts `written`, `skipped_existing` and `broken`, its `seconds`, and `parts_left`, those of
+    all processes that are not done: 0 when the dataset is finished. Raises EncoderError when the encoders do not fit
+    together or cannot be loaded, DataError when there is no usable picture, a part cannot be read (the others are
+    done first), or `dst` holds another dataset.
     """
-    records = iterate_images(images)
-    _dataset_spec(find_spec(condition), find_spec(target), token_layout, dtype)  # before gigabytes are loaded
-    return encode_images(
-        records,
-        Path(dst),
-        load_encoder(condition, condition_weights, device, trust_remote_code=trust_remote_code),
-        load_encoder(target, target_weights, device, trust_remote_code=trust_remote_code),
-        token_layout=token_layout,
-        dtype=dtype,
-        samples_per_shard=samples_per_shard,
-        batch_size=batch_size,
-    )
+    spec = _dataset_spec(find_spec(condition), find_spec(target), token_layout, dtype)  # before gigabytes are loaded
+    parts = image_parts(images, samples_per_shard * _SHARDS_PER_PART)
+    weights = {
+        "condition_weights": condition_weights or find_spec(condition).weights,
+        "target_weights": target_weights or find_spec(target).weights,
+    }
+    job = Extraction(Path(dst), spec, samples_per_shard, weights, [(part.name, part.size) for part in parts])
+    log = _RateLog()
+    todo = job.begin(range(rank, len(parts), world_size))
+    logger.info("process %d of %d has %d of %d parts to encode", rank, world_size, len(todo), len(parts))
+    if todo:
+        encoders = (
+            load_encoder(condition, condition_weights, device, trust_remote_code=trust_remote_code),
+            load_encoder(target, target_weights, device, trust_remote_code=trust_remote_code),
+        )
+
+        def encode(part: ImagePart, folder: Path) -> dict[str, Any]:
+            return encode_images(
+                part.records(),
+                folder,
+                *encoders,
+                token_layout=token_layout,
+                dtype=dtype,
+                samples_per_shard=samples_per_shard,
+                batch_size=batch_size,
+                log=log,
+            )
+
+        _encode_parts(job, parts, todo, log, encode)
+    job.finish_if_last()
+    return {**log.summary(), "samples": job.num_samples(), "parts_left": job.parts_left()}
+
+
+def _encode_parts(
+    job: Extraction,
+    parts: list[ImagePart],
+    todo: list[int],
+    log: _RateLog,
+    encode: Callable[[ImagePart, Path], dict[str, Any]],
+) -> None:
+    """Encode the parts that are missing; one that cannot be read does not keep the others from being done."""
+    faults: list[DataError] = []
+    log.expect([parts[number].size for number in todo])
+    for number in todo:
+        try:
+            done = encode(parts[number], job.part_folder(number))
+            counts = {"samples": done["written"] + done["skipped_existing"], "broken": done["broken"]}
+        except NothingUsable:
+            counts = {"samples": 0}
+        except DataError as error:
+            logger.error("part %s: %s", parts[number].name, error)
+            faults.append(error)
+            continue
+        finally:
+            log.end_part()
+        job.mark_done(number, counts)
+        logger.info("part %s is done; %d of %d parts left in all", parts[number].name, job.parts_left(), len(parts))
+    if faults:
+        raise DataError(
+            f"{len(faults)} of {len(todo)} parts could not be encoded, the others are done; the first: {faults[0]}"
+        ) from faults[0]
+
+
+class NothingUsable(DataError):
+    """Not one picture could be decoded."""
 
 
 def encode_images(
@@ -82,6 +141,7 @@ def encode_images(
     dtype: StorageDType = "bf16",
     samples_per_shard: int = 512,
     batch_size: int = 16,
+    log: _RateLog | None = None,
 ) -> dict[str, Any]:
     """The core of `extract`, on records and encoders that are there already.
 
@@ -92,7 +152,7 @@ def encode_images(
     spec = _dataset_spec(condition.spec, target.spec, token_layout, dtype)
     extra = {"condition_weights": condition.weights, "target_weights": target.weights}
     with DatasetWriter.resume(dst, spec, samples_per_shard=samples_per_shard, extra=extra) as writer:
-        progress = _Progress(dst)
+        progress = _Progress(dst, log or _RateLog())
         todo = progress.skip_existing(records, writer.done_keys())
         decoded = _decode_ahead(todo, condition, target, lookahead=2 * batch_size)
         with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
@@ -105,7 +165,7 @@ def encode_images(
             if writing:
                 writing.result()
         if not progress.written + progress.skipped_existing:
-            raise DataError(f"{dst}: no picture could be used ({progress.broken} broken); see {BROKEN_NAME} in it")
+            raise NothingUsable(f"{dst}: no picture could be used ({progress.broken} broken); see {BROKEN_NAME} in it")
     return progress.summary()
 
 
@@ -146,7 +206,7 @@ def _decode_ahead(
 ) -> Iterator[_Decoded]:
     """Decode in threads, at most `lookahead` pictures in advance, and yield in the records' order."""
     pending: deque[Future[_Decoded]] = deque()
-    pool = ThreadPoolExecutor(min(_MAX_DECODE_THREADS, os.cpu_count() or 1), thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(min(_MAX_DECODE_THREADS, _available_cpus()), thread_name_prefix="decode")
     try:
         for record in records:
             pending.append(pool.submit(_decode, record, condition, target))
@@ -156,6 +216,11 @@ def _decode_ahead(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _available_cpus() -> int:
+    """Those that a scheduler left to this process, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
 
 
 def _decode(record: ImageRecord, condition: PatchEncoder, target: PatchEncoder) -> _Decoded:
@@ -197,13 +262,66 @@ def _write(batch: _EncodedBatch, writer: DatasetWriter, progress: _Progress) -> 
     progress.add_written(batch.samples)
 
 
-class _Progress:
-    """What has been done so far: the counts, the list of broken pictures, and a log line now and then."""
+class _RateLog:
+    """The counts of a process over all of its parts, and now and then a line with rate and time left."""
 
-    def __init__(self, dst: Path) -> None:
+    def __init__(self) -> None:
         self.written = self.skipped_existing = self.broken = 0
         self._started = self._last_log = time.monotonic()
+        self._sizes: deque[int] = deque([1])
+        self._total, self._ended = 1, 0
         self._first_share: float | None = None
+
+    def expect(self, sizes: list[int]) -> None:
+        """The sizes of the parts that come, in order."""
+        self._sizes, self._total = deque(sizes), sum(sizes)
+
+    def end_part(self) -> None:
+        self._ended += self._sizes.popleft()
+
+    def skip(self, progress: float) -> None:
+        self.skipped_existing += 1
+        if not self.written:
+            self._first_share = self._share(progress)
+
+    def add_written(self, count: int, progress: float) -> None:
+        self.written += count
+        now = time.monotonic()
+        if now - self._last_log >= _LOG_SECONDS:
+            self._last_log = now
+            self._log(now - self._started, self._share(progress))
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "written": self.written,
+            "skipped_existing": self.skipped_existing,
+            "broken": self.broken,
+            "seconds": time.monotonic() - self._started,
+        }
+
+    def _share(self, progress: float) -> float:
+        """Of all the parts of this process, what is done at `progress` (0..1) in the present one."""
+        return (self._ended + progress * self._sizes[0]) / self._total
+
+    def _log(self, seconds: float, share: float) -> None:
+        covered = share - (self._first_share or 0.0)
+        remaining = seconds * (1 - share) / covered if covered > 0 else float("nan")
+        logger.info(
+            "%d images encoded, %.1f/s, %.1f %% of this process's share, about %.0f s left",
+            self.written,
+            self.written / seconds,
+            100 * share,
+            remaining,
+        )
+
+
+class _Progress:
+    """What has been done of one part, and the list of its broken pictures."""
+
+    def __init__(self, dst: Path, log: _RateLog) -> None:
+        self.written = self.skipped_existing = self.broken = 0
+        self._log = log
+        self._started = time.monotonic()
         # Every run meets all broken pictures again, so the list starts anew.
         self._broken_path = dst / BROKEN_NAME
         self._broken_path.unlink(missing_ok=True)
@@ -212,7 +330,7 @@ class _Progress:
         for record in records:
             if record.key in done:
                 self.skipped_existing += 1
-                self._first_share = record.progress
+                self._log.skip(record.progress)
             else:
                 yield record
 
@@ -225,10 +343,7 @@ class _Progress:
 
     def add_written(self, samples: list[_Decoded]) -> None:
         self.written += len(samples)
-        now = time.monotonic()
-        if now - self._last_log >= _LOG_SECONDS:
-            self._last_log = now
-            self._log(now - self._started, samples[-1].record.progress)
+        self._log.add_written(len(samples), samples[-1].record.progress)
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -240,18 +355,8 @@ class _Progress:
 
     def _add_broken(self, sample: _Decoded) -> None:
         self.broken += 1
+        self._log.broken += 1
         logger.warning("skipped %s: %s", sample.record.source, sample.fault)
         entry = {"key": sample.record.key, "source": sample.record.source, "fault": sample.fault}
         with open(self._broken_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-    def _log(self, seconds: float, share: float) -> None:
-        covered = share - (self._first_share or 0.0)
-        remaining = seconds * (1 - share) / covered if covered > 0 else float("nan")
-        logger.info(
-            "%d images encoded, %.1f/s, %.0f %% of the source, about %.0f s left",
-            self.written,
-            self.written / seconds,
-            100 * share,
-            remaining,
-        )

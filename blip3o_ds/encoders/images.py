@@ -1,7 +1,7 @@
 """Where the pictures come from, webdataset tars or a folder: records that read nothing until they are asked.
 
-Records come in a fixed order with safe, unique keys, so that an interrupted extraction can tell what it has
-done.
+The source is cut into parts, and a part's records come in a fixed order with safe, unique keys, whoever reads it and
+when; so many processes can share an extraction, and an interrupted one can tell what it has done.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +29,7 @@ _TAR_BLOCK = 512
 class ImageRecord:
     """One picture that can be loaded later, in any thread.
 
-    `source` names it in messages, `progress` is the share (0..1) of the whole source that ends with it, and
+    `source` names it in messages, `progress` is the share (0..1) of its part that ends with it, and
     `load` returns the decoded picture and its metadata, which always has a `caption`; `load` raises whatever
     is wrong.
     """
@@ -39,16 +40,35 @@ class ImageRecord:
     load: Callable[[], tuple[Image.Image, dict[str, Any]]]
 
 
+@dataclass(frozen=True)
+class ImagePart:
+    """A tar, or a stretch of a folder's files: what one process works through at a time.
+
+    `size` is in bytes for tars and in pictures for files; `records` reads the part from its beginning.
+    """
+
+    name: str
+    size: int
+    records: Callable[[], Iterator[ImageRecord]]
+
+
 def iterate_images(images: str | Path) -> Iterator[ImageRecord]:
-    """The pictures of a tar, of a folder of tars, or of a folder of image files, folders read recursively.
+    """The pictures of all parts of `images`, in order (see `image_parts`)."""
+    parts = image_parts(images, files_per_part=1 << 62)
+    return (record for part in parts for record in part.records())
+
+
+def image_parts(images: str | Path, files_per_part: int) -> list[ImagePart]:
+    """A tar, a folder of tars, or a folder of image files as parts; folders are read recursively.
 
     In a tar a sample is `<key>.jpg|jpeg|png|webp` with an optional `<key>.txt` (caption) and `<key>.json`
     (metadata) beside it, as webdataset has it; in a folder the caption and metadata have the picture's stem.
-    Raises DataError for a path that holds neither, or both, and for a damaged tar.
+    Keys are the names, and for a folder of tars the tar's name and the picture's. Raises DataError for a path that
+    holds neither, or both; reading a damaged tar raises it too.
     """
     images = Path(images)
     if images.is_file() and images.suffix == ".tar":
-        return _from_tars([images])
+        return [_tar_part(images, images.name, container="")]
     if not images.is_dir():
         raise DataError(f"{images}: expected a folder of images, a folder of tars, or one .tar; found none of them")
     files = _files_below(images)
@@ -57,9 +77,10 @@ def iterate_images(images: str | Path) -> Iterator[ImageRecord]:
     if tars and pictures:
         raise DataError(f"{images}: holds both tars ({tars[0].name}, …) and images ({pictures[0].name}, …); name one")
     if tars:
-        return _from_tars(tars)
+        names = [tar.relative_to(images).as_posix() for tar in tars]
+        return [_tar_part(*part) for part in zip(tars, names, _container_keys(names), strict=True)]
     if pictures:
-        return _from_folder(images, pictures)
+        return _folder_parts(images, pictures, files_per_part)
     raise DataError(f"{images}: no image found; expected .{', .'.join(IMAGE_SUFFIXES)} files or webdataset .tar files")
 
 
@@ -68,16 +89,23 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
-def _from_folder(folder: Path, pictures: list[Path]) -> Iterator[ImageRecord]:
+def _folder_parts(folder: Path, pictures: list[Path], files_per_part: int) -> list[ImagePart]:
     keys = _KeyMaker()
-    for number, path in enumerate(pictures, start=1):
-        name = path.relative_to(folder)
-        yield ImageRecord(
-            key=keys.make(name.with_suffix("").as_posix()),
-            source=str(path),
-            progress=number / len(pictures),
-            load=_load_files(path, name.as_posix()),
-        )
+    # Over all files, and before they are divided: a key must not depend on the part's size.
+    keyed = [(keys.make(path.relative_to(folder).with_suffix("").as_posix()), path) for path in pictures]
+    return [
+        _folder_part(folder, keyed[start : start + files_per_part]) for start in range(0, len(keyed), files_per_part)
+    ]
+
+
+def _folder_part(folder: Path, keyed: list[tuple[str, Path]]) -> ImagePart:
+    def records() -> Iterator[ImageRecord]:
+        for number, (key, path) in enumerate(keyed, start=1):
+            name = path.relative_to(folder).as_posix()
+            yield ImageRecord(key, source=str(path), progress=number / len(keyed), load=_load_files(path, name))
+
+    first, last = (keyed[i][1].relative_to(folder).as_posix() for i in (0, -1))
+    return ImagePart(f"{first} to {last}", len(keyed), records)
 
 
 def _load_files(path: Path, name: str) -> Callable[[], tuple[Image.Image, dict[str, Any]]]:
@@ -91,22 +119,34 @@ def _load_files(path: Path, name: str) -> Callable[[], tuple[Image.Image, dict[s
     return load
 
 
-def _from_tars(tars: list[Path]) -> Iterator[ImageRecord]:
-    keys = _KeyMaker()
-    total = sum(tar.stat().st_size for tar in tars)
-    before = 0  # bytes of the tars already read
-    for tar in tars:
-        for name, members in _samples_of(tar):
+def _tar_part(tar: Path, name: str, container: str) -> ImagePart:
+    size = tar.stat().st_size
+
+    def records() -> Iterator[ImageRecord]:
+        keys = _KeyMaker()
+        for sample, members in _samples_of(tar):
             suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
             if suffix is None:
                 continue
+            key = keys.make(sample)
             yield ImageRecord(
-                key=keys.make(name, container=tar.stem),
-                source=f"{tar}:{name}.{suffix}",
-                progress=(before + members[suffix].end) / total,
-                load=_load_members(tar, members, suffix, f"{tar.name}/{name}.{suffix}"),
+                key=f"{container}_{key}" if container else key,
+                source=f"{tar}:{sample}.{suffix}",
+                progress=members[suffix].end / size,
+                load=_load_members(tar, members, suffix, f"{tar.name}/{sample}.{suffix}"),
             )
-        before += tar.stat().st_size
+
+    return ImagePart(name, size, records)
+
+
+def _container_keys(names: list[str]) -> list[str]:
+    """For every tar what its keys begin with, so chosen that no two tars can make the same key."""
+    keys = _KeyMaker()
+    made = [keys.make(name.removesuffix(".tar")) for name in names]
+    ordered = sorted(f"{key}_" for key in made)
+    if any(second.startswith(first) for first, second in pairwise(ordered)):  # a_ + b_c = a_b_ + c
+        return [f"tar{number:07d}" for number in range(len(names))]
+    return made
 
 
 @dataclass(frozen=True)
@@ -193,15 +233,13 @@ def _parse_meta(text: bytes | None, data: bytes | None, source: str) -> dict[str
 
 
 class _KeyMaker:
-    """Keys without dots or slashes, made unique by the tar's name and, where that is not enough, a number."""
+    """Keys without dots or slashes, made unique by a number where that is needed."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
 
-    def make(self, name: str, container: str = "") -> str:
+    def make(self, name: str) -> str:
         key = re.sub(r"[^\w-]+", "_", name)
-        if key in self._seen and container:
-            key = re.sub(r"[^\w-]+", "_", container) + "_" + key
         unique, number = key, 2
         while unique in self._seen:
             unique, number = f"{key}_{number}", number + 1

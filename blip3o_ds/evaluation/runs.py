@@ -60,13 +60,15 @@ class LoadedModel:
     weights: str  # ema, or model where the run kept no moving average
 
     def open_dataset(self, folder: str | Path) -> EmbeddingDataset:
-        """The dataset in `folder`, with the tokens that the model takes.
+        """The dataset in `folder` (or behind a URL), with the tokens that the model takes.
 
         Raises:
             DataError: it is no dataset, or its dims are not the model's.
         """
-        model = self.config.model
-        dataset = EmbeddingDataset(folder, token_layout=model.token_layout)
+        model, data = self.config.model, self.config.data
+        dataset = EmbeddingDataset(
+            folder, token_layout=model.token_layout, cache_dir=data.cache_dir, cache_gb=data.cache_gb
+        )
         for name in ("eva_dim", "clip_dim", "grid_size"):
             found, expected = getattr(dataset.spec, name), getattr(model, name)
             if found != expected:

@@ -12,19 +12,17 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from blip3o_ds.data.loader import Batch
-
 BAD_BATCHES = "bad_batches.jsonl"
 
 
-def record_bad_batch(run_dir: Path, step: int, batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[str]:
+def record_bad_batch(run_dir: Path, step: int, keys: Sequence[str], losses: Sequence[Tensor]) -> list[str]:
     """Append a step that was skipped to `bad_batches.jsonl`; returns the keys of samples whose own loss is not finite.
 
-    Every rank must call it, with its micro-batches and their losses `[B]`. A line holds `step`, `keys` (all samples of
-    the step, over all ranks) and `not_finite` (those whose own loss is not; empty where only the gradient is not).
+    Every rank must call it, with its samples' keys and its micro-batches' losses `[B]`. A line holds `step`, `keys`
+    (all samples of the step, over all ranks) and `not_finite` (those whose own loss is not; empty where only the
+    gradient is not).
     """
     finite = [bool(value) for loss in losses for value in loss.isfinite().tolist()]
-    keys = [key for batch in batches for key in batch.keys]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(zip(keys, finite, strict=True)))
     samples = [sample for rank in gathered for sample in rank]

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping
 
 from blip3o_ds.errors import ConfigError
+from blip3o_ds.slurm import Place, required, step_place
 
 # Below the ports that Linux hands out by itself (32768 and up).
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
@@ -27,8 +28,9 @@ def rendezvous(environment: Mapping[str, str], num_devices: int) -> dict[str, st
     """
     if "RANK" in environment:
         return {}
-    if "SLURM_STEP_ID" in environment:
-        return _slurm_step(environment, num_devices)
+    place = step_place(environment)
+    if place is not None:
+        return _slurm_step(environment, place, num_devices)
     if "SLURM_JOB_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         raise ConfigError(
             f"SLURM job {environment['SLURM_JOB_ID']} has SLURM_NTASKS = {environment['SLURM_NTASKS']} tasks, and this "
@@ -49,10 +51,9 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
 
-def _slurm_step(environment: Mapping[str, str], num_devices: int) -> dict[str, str]:
+def _slurm_step(environment: Mapping[str, str], place: Place, num_devices: int) -> dict[str, str]:
     """One task of a step is one rank; the step's first host is the meeting point, since task 0 runs there."""
-    world_size = environment.get("SLURM_STEP_NUM_TASKS") or _required(environment, "SLURM_NTASKS")
-    local_rank = int(_required(environment, "SLURM_LOCALID"))
+    local_rank = place.local_rank
     if num_devices == 1:
         local_rank = 0  # bound to its own GPU (--gpus-per-task, --gpu-bind), which it knows as number 0
     elif num_devices and local_rank >= num_devices:
@@ -60,10 +61,10 @@ def _slurm_step(environment: Mapping[str, str], num_devices: int) -> dict[str, s
             f"task {local_rank} of node {environment.get('SLURMD_NODENAME')} has no GPU: {num_devices} are visible "
             "there; set --ntasks-per-node to the GPUs of a node"
         )
-    node_list = environment.get("SLURM_STEP_NODELIST") or _required(environment, "SLURM_JOB_NODELIST")
+    node_list = environment.get("SLURM_STEP_NODELIST") or required(environment, "SLURM_JOB_NODELIST")
     found = {
-        "RANK": _required(environment, "SLURM_PROCID"),
-        "WORLD_SIZE": world_size,
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
         "LOCAL_RANK": str(local_rank),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(node_list),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(_step_port(environment)),
@@ -73,15 +74,8 @@ def _slurm_step(environment: Mapping[str, str], num_devices: int) -> dict[str, s
 
 def _step_port(environment: Mapping[str, str]) -> int:
     """The same on all ranks, and another for each job and step: several may share a node."""
-    job, step = int(_required(environment, "SLURM_JOB_ID")), int(environment["SLURM_STEP_ID"])
+    job, step = int(required(environment, "SLURM_JOB_ID")), int(environment["SLURM_STEP_ID"])
     return FIRST_PORT + (job * 7 + step) % NUM_PORTS
-
-
-def _required(environment: Mapping[str, str], name: str) -> str:
-    try:
-        return environment[name]
-    except KeyError:
-        raise ConfigError(f"{name} is missing though SLURM_STEP_ID is set: start the process by srun") from None
 
 
 def _free_port() -> int:

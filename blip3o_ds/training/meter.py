@@ -35,12 +35,12 @@ class StepMeter:
         self._own_start = self._moment()
 
     def add(self, result: FlowLoss, batch: Batch) -> None:
-        """Count one micro-batch, between its forward and its backward pass."""
+        """Count one micro-batch, expanded, on the device, between its forward and its backward pass."""
         if self._own_start is not None:
             self._own_spans.append((self._own_start, self._moment()))
             self._own_start = None
         with torch.no_grad():
-            norms = [x.to(self._device).float().norm(dim=-1).mean() for x in (batch.clip, batch.eva)]
+            norms = [x.float().norm(dim=-1).mean() for x in (batch.clip, batch.eva)]
             values = (*(field.mean() for field in result), *norms)
             self._pending += torch.stack(values).double()
         self._pending_batches += 1
@@ -70,10 +70,11 @@ class StepMeter:
         if not self._batches:
             self._reset()
             return None
-        means = self._sums / self._batches
-        dist.all_reduce(means)
+        replaced = torch.tensor([self._loader.num_replaced], dtype=torch.float64, device=self._device)
+        totals = torch.cat([self._sums / self._batches, replaced])
+        dist.all_reduce(totals)
         world_size = dist.get_world_size()
-        metrics = dict(zip(AVERAGED, (means / world_size).tolist(), strict=True))
+        metrics = dict(zip(AVERAGED, (totals[:-1] / world_size).tolist(), strict=True))
         rate = self._samples * world_size / self._seconds
         metrics |= {
             "grad_norm": sum(self._grad_norms) / len(self._grad_norms),
@@ -84,6 +85,8 @@ class StepMeter:
             "memory_gb": peak_memory_gb(self._device),
         }
         metrics |= self._spread()
+        if bad_samples := int(totals[-1]):
+            metrics["bad_samples"] = bad_samples  # reads of all ranks since the start that were given another sample
         if self._peak:
             metrics["mfu"] = rate * self._flops_per_sample / (self._peak * world_size)
         self.last = metrics

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from blip3o_ds.config import RunConfig
+from blip3o_ds.data.faults import FaultLog
 from blip3o_ds.data.loader import EmbeddingLoader
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.order import GlobalOrder
@@ -62,13 +63,15 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         setup_logging(rank)
         stack.enter_context(PeerWatch(min(SILENCE_SECONDS, config.train.timeout_seconds)))
         stop = stack.enter_context(StopSignal())
-        dataset = open_train_data(config)
+        faults = FaultLog(config.data.on_bad_sample, config.data.on_bad_shard)
+        dataset = open_train_data(config, faults)
         run_dir = prepare_run_dir(config, resume, rank)
         setup_logging(rank, run_dir / "clip_reproduction_training.log")
+        faults.write_to(run_dir / "bad_samples.jsonl", rank)
         if resume:
             config = keep_global_batch(config, run_dir, world_size)
         normalizer, baselines = prepare_statistics(config, dataset, run_dir, rank, device)
-        splits = open_eval_data(config, dataset)
+        splits = open_eval_data(config, dataset, faults)
 
         global_batch = config.train.micro_batch_size * config.train.gradient_accumulation_steps * world_size
         total_steps = count_steps(config, len(dataset), global_batch)
@@ -86,6 +89,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 rank=rank,
                 world_size=world_size,
                 prefetch=config.data.prefetch_steps,
+                device=device,
             )
         )
         saver = CheckpointWriter(
@@ -129,10 +133,11 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         step = start_step
         while step < total_steps and received is None:
             step += 1
-            batches, losses = loader.next_step(), []
-            for batch in batches:
-                clip = normalizer.clip(batch.clip.to(device, non_blocking=True))
-                eva = normalizer.eva(batch.eva.to(device, non_blocking=True))
+            keys, losses = [], []
+            for stored in loader.next_step():
+                batch = stored.expand()
+                keys += batch.keys
+                clip, eva = normalizer.clip(batch.clip), normalizer.eva(batch.eva)
                 noise, t, drop = flow.sample_noise_and_time(
                     batch.positions, tuple(clip.shape[1:]), config.train.seed, device
                 )
@@ -153,7 +158,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
             elif not report.lowered_loss_scale:
                 skipped_in_a_row += 1
                 logger.warning("step %d skipped: the gradient is not finite (%d in a row)", step, skipped_in_a_row)
-                record_bad_batch(run_dir, step, batches, losses)
+                record_bad_batch(run_dir, step, keys, losses)
                 if skipped_in_a_row > config.train.max_skipped_steps:
                     step = roll_back(engine, saver, run_dir, config, step, rollbacks)
                     rollbacks, skipped_in_a_row = rollbacks + 1, 0
@@ -216,7 +221,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         return summary
 
 
-def open_train_data(config: RunConfig) -> EmbeddingDataset:
+def open_train_data(config: RunConfig, faults: FaultLog) -> EmbeddingDataset:
     """The training set as the run reads it.
 
     Raises:
@@ -226,10 +231,13 @@ def open_train_data(config: RunConfig) -> EmbeddingDataset:
     if config.data.train_dir is None:
         raise ConfigError("data.train_dir is not set; give --chunked_embeddings_dir DIR, a folder with a manifest.json")
     dataset = EmbeddingDataset(
-        Path(config.data.train_dir),
+        config.data.train_dir,
         max_shards=config.data.max_shards,
         max_samples=config.train.overfit_test_size,
         token_layout=config.model.token_layout,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
+        faults=faults,
     )
     check_dims(config, dataset, config.data.train_dir)
     wanted = config.train.overfit_test_size
@@ -255,7 +263,7 @@ def check_dims(config: RunConfig, dataset: EmbeddingDataset, folder: str) -> Non
         raise ConfigError(f"{folder}: {stated}; for this data: {remedy}")
 
 
-def open_eval_data(config: RunConfig, train_data: EmbeddingDataset) -> dict[str, EmbeddingDataset]:
+def open_eval_data(config: RunConfig, train_data: EmbeddingDataset, faults: FaultLog) -> dict[str, EmbeddingDataset]:
     """The splits to evaluate on, by name; in an overfit test, or with no held-out set, the training samples."""
     if config.train.overfit_test_size:
         return {"overfit": train_data}
@@ -264,7 +272,13 @@ def open_eval_data(config: RunConfig, train_data: EmbeddingDataset) -> dict[str,
         name = Path(folder).name
         if name in splits:
             raise ConfigError(f"data.eval_dirs: two folders are named {name}, and metrics go by the name")
-        splits[name] = EmbeddingDataset(Path(folder), token_layout=config.model.token_layout)
+        splits[name] = EmbeddingDataset(
+            folder,
+            token_layout=config.model.token_layout,
+            cache_dir=config.data.cache_dir,
+            cache_gb=config.data.cache_gb,
+            faults=faults,
+        )
         check_dims(config, splits[name], folder)
     if splits:
         return splits

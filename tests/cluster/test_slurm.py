@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import skimage.io
 
+from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.data.verify import verify
 from blip3o_ds.planning.job_script import render_job
 from blip3o_ds.training.launch import first_host
@@ -133,16 +134,21 @@ def test_the_evaluation_job_ends_its_log_with_the_result(slurm, data, straight, 
     assert result["evaluation"]["train"]["num_samples"] == 40
 
 
-def test_the_extraction_job_makes_a_dataset(slurm, tmp_path):
-    for i in range(3):
-        skimage.io.imsave(tmp_path / f"{i}.png", np.full((64, 64, 3), 80 * i, np.uint8), check_contrast=False)
+def test_the_tasks_of_an_extraction_array_make_one_dataset_together(slurm, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(9):  # a part of the work is eight shards' worth, so each task has one
+        skimage.io.imsave(images / f"{i}.png", np.full((64, 64, 3), 25 * i, np.uint8), check_contrast=False)
     encoders = {"CONDITION": "efficientnet-lite2-head", "TARGET": "efficientnet-lite0-last-block"}
-    options = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={tmp_path}/log")
-    environment = {"IMAGES": str(tmp_path), "DST": str(tmp_path / "set"), **encoders}
-    job = slurm.submit(PROJECT / "scripts" / "extract_embeddings.job", options=options, environment=environment)
+    options = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", "--array=0-1", f"--output={tmp_path}/log_%a")
+    environment = {"IMAGES": str(images), "DST": str(tmp_path / "set"), **encoders}
+    script = PROJECT / "scripts" / "extract_embeddings.job"
+    job = slurm.submit(script, "--samples_per_shard=1", options=options, environment=environment)
 
-    assert slurm.wait(job) == "COMPLETED", slurm.log(job)
+    for task in (f"{job}_0", f"{job}_1"):
+        assert slurm.wait(task) == "COMPLETED", slurm.log(task)
     assert verify(tmp_path / "set").problems == []
+    assert len(EmbeddingDataset(tmp_path / "set")) == 9
 
 
 def test_wrong_settings_end_the_job_at_once_and_are_not_tried_again(slurm, data, tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip3o_ds.data.codec import decode, encode, has_nonfinite, read_dtype
+from blip3o_ds.data.codec import check_finite, decode, encode, has_nonfinite, read_dtype
+from blip3o_ds.errors import DataError
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1.0, 1e4, 1e30])
@@ -59,3 +60,14 @@ def test_other_dtypes_and_strides_are_searched_as_well():
 def test_both_signs_of_nan_are_found():
     for bits in (0x7FC00001, -0x3FFFFF):
         assert has_nonfinite(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
+
+
+def test_the_search_knows_both_nans_of_fp8():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert [code for code in range(256) if has_nonfinite(codes[code : code + 1])] == [0x7F, 0xFF]
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e36])
+def test_a_scale_that_makes_a_value_infinite_is_refused(scale):
+    with pytest.raises(DataError, match="shard: sample a: eva_scale holds NaN or a value beyond"):
+        check_finite(torch.zeros(1, 2).to(torch.float8_e4m3fn), torch.tensor([scale]), "eva", "shard: sample a")

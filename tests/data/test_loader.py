@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from blip3o_ds.data import ring
 from blip3o_ds.data.loader import EmbeddingLoader, iterate_batches
 from blip3o_ds.data.order import GlobalOrder
 from blip3o_ds.data.shards import EmbeddingDataset, ShardReader
@@ -55,12 +58,70 @@ def test_batches_hold_the_samples_that_their_keys_name(dataset_dir, samples):
     dataset = EmbeddingDataset(dataset_dir(9), token_layout="patch_only")
     source = {key: (eva, clip) for key, eva, clip, _ in samples(9)}
     with open_loader(dataset, micro=3, accumulation=2) as loader:
-        batches = loader.next_step() + loader.next_step()
-    assert [batch.eva.shape for batch in batches] == [(3, 4, 8)] * 4
-    for batch in batches:
-        for row, key in enumerate(batch.keys):
-            assert torch.equal(batch.eva[row], source[key][0][1:].bfloat16())
-            assert torch.equal(batch.clip[row], source[key][1][1:].bfloat16())
+        for _ in range(7):  # more steps than there are buffers
+            batches = list(loader.next_step())
+            assert [batch.eva.shape for batch in batches] == [(3, 4, 8)] * 2
+            for batch in batches:
+                for row, key in enumerate(batch.keys):
+                    assert torch.equal(batch.eva[row], source[key][0][1:].bfloat16())
+                    assert torch.equal(batch.clip[row], source[key][1][1:].bfloat16())
+
+
+def test_a_step_s_batches_stay_as_they_are_until_the_next_step_is_asked_for(dataset_dir):
+    with open_loader(EmbeddingDataset(dataset_dir(19)), micro=2, accumulation=2) as loader:
+        for _ in range(6):
+            batches = list(loader.next_step())
+            before = [batch.eva.clone() for batch in batches]
+            time.sleep(0.02)  # the threads fill every buffer that they may
+            assert all(map(torch.equal, before, (batch.eva for batch in batches)))
+
+
+def test_the_buffers_are_used_again(dataset_dir):
+    with open_loader(EmbeddingDataset(dataset_dir(10)), micro=1, prefetch=2) as loader:
+        places = {next(loader.next_step()).eva.data_ptr() for _ in range(20)}
+    assert len(places) <= 4
+
+
+@pytest.mark.parametrize("token_layout", ["cls_patch", "patch_only"])
+def test_fp8_is_handed_out_as_stored_and_expands_to_what_reading_gives(dataset_dir, spec, token_layout):
+    stored = dataset_dir(5, spec=replace(spec, dtype="fp8-e4m3"))
+    dataset = EmbeddingDataset(stored, token_layout=token_layout)
+    order = GlobalOrder(dataset.shard_sizes, 3, 2)
+    with open_loader(dataset, micro=5) as loader:
+        (batch,) = loader.next_step()
+        assert batch.eva.dtype == torch.float8_e4m3fn
+        assert batch.eva_scale.shape == batch.eva.shape[:2]
+        expanded = batch.expand()
+    for row, place in enumerate(order.slice(0, 5)):
+        sample = dataset.read(*place)
+        assert torch.equal(expanded.eva[row], sample.eva)
+        assert torch.equal(expanded.clip[row], sample.clip)
+
+
+def test_a_shard_cut_short_while_it_is_read_is_an_error_that_names_it(dataset_dir):
+    dst = dataset_dir(8)
+    dataset = EmbeddingDataset(dst)
+    for shard in range(2):
+        dataset.read(shard, 0)  # both are open now
+    os.truncate(dst / "shard_00001.tar", 4096)
+    with (
+        open_loader(dataset, micro=8) as loader,
+        pytest.raises(DataError, match=r"shard_00001\.tar: sample image00\d: the file ends before the sample does"),
+    ):
+        loader.next_step()
+
+
+def test_the_coming_samples_are_asked_for_ahead(dataset_dir, monkeypatch):
+    dataset = EmbeddingDataset(dataset_dir(10))
+    order = GlobalOrder(dataset.shard_sizes, 3, 2)
+    asked = []
+    monkeypatch.setattr(dataset, "will_need", lambda *place: asked.append(place))
+    monkeypatch.setattr(ring, "_READAHEAD_STEPS", 3)
+    with open_loader(dataset, micro=2, prefetch=1) as loader:
+        loader.next_step()
+        time.sleep(0.2)
+    # Three buffers: steps 0 to 2 are read, and three more are asked for.
+    assert asked == order.slice(0, 12)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -85,7 +146,7 @@ def test_resume_continues_the_same_sample_order_on_another_world_size(dataset_di
 def test_the_state_counts_what_was_handed_out_not_what_was_read_ahead(dataset_dir):
     with open_loader(EmbeddingDataset(dataset_dir(10)), prefetch=3) as loader:
         loader.next_step()
-        time.sleep(0.2)  # the thread fills its queue
+        time.sleep(0.2)  # the threads read ahead
         assert loader.state_dict() == {"epoch": 0, "samples_consumed": 2}
 
 
@@ -104,7 +165,7 @@ def test_a_state_of_a_dataset_of_another_size_is_refused(dataset_dir):
         loader.load_state_dict({"epoch": 3, "samples_consumed": 12})
 
 
-def test_an_error_in_the_thread_reaches_the_caller_every_time(dataset_dir):
+def test_an_error_in_a_thread_reaches_the_caller_every_time(dataset_dir):
     dst = dataset_dir(8)
     path = dst / "shard_00001.tar"
     content = bytearray(path.read_bytes())

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 import webdataset
 
+import blip3o_ds.data.shards as shards_module
 import blip3o_ds.data.writer as writer_module
 from blip3o_ds.data.schema import Manifest
 from blip3o_ds.data.shards import DatasetWriter, EmbeddingDataset, ShardReader
@@ -278,8 +280,10 @@ def test_a_dataset_without_samples_is_refused(tmp_path, spec):
 def test_a_truncated_shard_is_refused_by_name(dataset_dir):
     path = dataset_dir(6) / "shard_00001.tar"
     path.write_bytes(path.read_bytes()[:-512])
+    dataset = EmbeddingDataset(path.parent)
+    dataset.read(0, 0)
     with pytest.raises(DataError, match=r"shard_00001\.tar has .* bytes, expected .*truncated"):
-        EmbeddingDataset(path.parent)
+        dataset.read(1, 0)
     with pytest.raises(DataError, match=r"shard_00001\.tar has"):
         ShardReader(path)
 
@@ -338,4 +342,60 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(dataset_dir, samples
     for _ in range(2):
         for i, (_, eva, _, _) in enumerate(samples(10)):
             assert torch.equal(dataset.read(i, 0).eva, eva.bfloat16())
-    assert len(dataset._readers) == 2
+    assert len(dataset._open_shards) == 2
+
+
+def test_any_flipped_byte_of_an_index_is_noticed(dataset_dir):
+    path = dataset_dir(4) / "shard_00000.tar.idx"
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x01]) + content[place + 1 :])
+        with pytest.raises(DataError, match=r"shard_00000\.tar\.idx"):
+            ShardReader(path.with_suffix(""))
+
+
+def test_a_read_that_comes_in_pieces_is_put_together(dataset_dir, samples, monkeypatch):
+    reader = ShardReader(dataset_dir(4) / "shard_00000.tar")
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: whole(fd, [views[0][:7]], offset))
+    sample = reader.read(2)
+    assert torch.equal(sample.eva, samples(4)[2][1].bfloat16())
+    assert torch.equal(sample.clip, samples(4)[2][2].bfloat16())
+
+
+def test_a_read_that_the_system_refuses_names_the_sample(dataset_dir, monkeypatch):
+    reader = ShardReader(dataset_dir(4) / "shard_00000.tar")
+
+    def refuse(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(DataError, match=r"shard_00000\.tar: sample image002: reading failed: Stale file handle"):
+        reader.read(2)
+
+
+def test_the_whole_of_a_sample_that_is_not_in_memory_is_asked_for(dataset_dir, monkeypatch):
+    path = dataset_dir(4) / "shard_00000.tar"
+    reader = ShardReader(path)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.extend(range(start, start + size)))
+    monkeypatch.setattr(reader, "_advice_bytes", 100)
+    reader.will_need(1)
+    assert asked == []  # it was written a moment ago
+    monkeypatch.setattr(reader, "_is_cached", lambda offset: False)
+    reader.will_need(1)
+    start, size = (int(reader.index.members[name][1]) for name in ("tensors_offset", "tensors_size"))
+    assert asked == list(range(start, start + size))
+
+
+def test_advice_is_as_long_as_the_system_s_readahead(tmp_path):
+    assert shards_module._readahead_bytes(os.makedev(4095, 1)) == 128 * 1024  # there is no such device
+    found = shards_module._readahead_bytes(tmp_path.stat().st_dev)
+    assert found >= 128 * 1024
+    assert found % 1024 == 0
+
+
+def test_a_header_whose_tensors_leave_a_gap_is_refused(spec):
+    offsets = {"clip": 100, "eva": 100 + 5 * 4 * 2 + 8}
+    with pytest.raises(DataError, match=r"where: tensor eva starts at byte 148 .* expected 140"):
+        shards_module._in_file_order(spec, 100, offsets, "where")

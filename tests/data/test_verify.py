@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from blip3o_ds.data.index import ShardIndex, index_path
 from blip3o_ds.data.loader import iterate_batches
 from blip3o_ds.data.schema import DatasetSpec, StorageDType
 from blip3o_ds.data.shards import EmbeddingDataset
@@ -61,8 +63,9 @@ def put_nan(folder: Path) -> None:
     content[start : start + 2] = b"\xc0\x7f"
     old = sha256_file(path)
     path.write_bytes(content)
-    for other in (folder / "manifest.json", folder / "shard_00001.tar.idx"):
-        other.write_bytes(other.read_bytes().replace(old.encode(), sha256_file(path).encode()))
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(old, sha256_file(path)))
+    replace(ShardIndex.load(index_path(path)), sha256=sha256_file(path)).save(index_path(path))
 
 
 def remove_tar(folder: Path) -> None:

@@ -73,7 +73,7 @@ def test_keys_are_safe_and_unique(write_tar, write_folder, tmp_path, make_png):
     from_tars = [record.key for record in iterate_images(tmp_path / "tars")]
     from_folder = [record.key for record in iterate_images(folder)]
 
-    assert from_tars == ["d_1", "d_2", "two_d_1", "two_d_1_2"]
+    assert from_tars == ["one_v2_d_1", "one_v2_d_2", "two_d_1", "two_d_1_2"]
     assert sorted(from_folder) == ["a_b", "a_b_2", "a_b_3"]
     assert not any(character in key for key in from_tars + from_folder for character in "./ ")
 

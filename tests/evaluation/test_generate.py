@@ -42,7 +42,7 @@ def test_conditions_keys_captions_and_order_are_those_of_the_source(source, tmp_
     facts |= {"normalization": "minimal", "source": "a model"}
     assert result == {"dataset": str(tmp_path / "out"), "num_samples": 11, "generated": facts}
     keys, eva, _, meta = read_all(tmp_path / "out")
-    expected_keys, expected_eva, _, expected_meta = read_all(source.path)
+    expected_keys, expected_eva, _, expected_meta = read_all(source.location)
     assert keys == expected_keys
     assert torch.equal(eva, expected_eva)
     assert meta == [{**content, "generated": facts} for content in expected_meta]
@@ -60,14 +60,14 @@ def test_what_is_generated_is_what_was_evaluated(source, tmp_path, config, mode)
     generate(model, FLOW, normalizer, source, tmp_path / "out", SAMPLER, 4, "cpu", "a model")
     result = evaluate(model, FLOW, normalizer, baselines, source, SAMPLER, batch_size=3, device="cpu")
 
-    generated, true = read_all(tmp_path / "out")[2].double(), read_all(source.path)[2].double()
+    generated, true = read_all(tmp_path / "out")[2].double(), read_all(source.location)[2].double()
     assert result.readings["sampled"]["mse"] == pytest.approx(float((generated - true).square().mean()), rel=1e-5)
 
 
 def test_a_folder_that_holds_something_is_refused(source, config):
     with pytest.raises(FileExistsError, match="source already exists"):
-        generate(random_model(config), FLOW, RAW, source, source.path, SAMPLER, 4, "cpu", "a model")
-    assert not verify(source.path).problems
+        generate(random_model(config), FLOW, RAW, source, source.location, SAMPLER, 4, "cpu", "a model")
+    assert not verify(source.location).problems
 
 
 def test_a_model_that_diverges_midway_leaves_nothing(source, tmp_path):

@@ -210,5 +210,5 @@ def test_a_dataset_of_other_dims_is_refused(run_dir, make_dataset):
     right, _, _ = linear_pairs(2, 0.1)
     dataset = make_dataset(right, torch.zeros(2, TOKENS, CLIP + 1), "wide")
     with pytest.raises(DataError, match="clip_dim is 5, but the model was trained with 4"):
-        loaded.open_dataset(dataset.path)
-    assert len(loaded.open_dataset(make_dataset(right, torch.ones(2, TOKENS, CLIP), "right").path)) == 2
+        loaded.open_dataset(dataset.location)
+    assert len(loaded.open_dataset(make_dataset(right, torch.ones(2, TOKENS, CLIP), "right").location)) == 2

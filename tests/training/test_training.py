@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blip3o_ds.data.convert import convert
+from blip3o_ds.data.loader import iterate_batches
+from blip3o_ds.data.shards import EmbeddingDataset
 from tests.conftest import PROJECT, train_command, write_embeddings
 
 ZERO = [str(PROJECT / "ds_configs" / f"zero{stage}.json") for stage in range(4)]
@@ -119,6 +122,17 @@ def test_a_run_folder_holds_what_the_design_names(embeddings, tmp_path, launch):
     assert line.keys() >= {"data_wait_fraction", "memory_gb", "prediction_norm", "target_norm", "clip_norm", "eva_norm"}
     summary = json.loads((run.run_dir / "final_summary.json").read_text())
     assert summary["evaluation"]["train"]
+
+
+def test_training_reads_fp8_as_the_values_it_stands_for(embeddings, tmp_path, launch):
+    convert(embeddings, tmp_path / "fp8", dtype="fp8-e4m3")
+    run = launch(tmp_path / "fp8", tmp_path / "out", None, {"train.max_steps": 2})
+
+    assert run.returncode == 0, run.output
+    (batch,) = iterate_batches(EmbeddingDataset(embeddings), 40)
+    for line in run.metrics():  # of four samples; the codes alone have norms in the hundreds
+        assert line["eva_norm"] == pytest.approx(float(batch.eva.norm(dim=-1).mean()), rel=0.15)
+        assert line["clip_norm"] == pytest.approx(float(batch.clip.norm(dim=-1).mean()), rel=0.15)
 
 
 def test_debug_mode_adds_gradients_by_block_and_loss_by_timestep(embeddings, tmp_path, launch):

@@ -1,0 +1,169 @@
+"""An extraction that several processes share: which parts of the source are done, and their union as one dataset.
+
+Each part is a small dataset below `DST/.parts`, done when `part_0000000.json` stands beside it; whoever sees that all
+are moves their shards together and writes the manifest. Every step may be repeated, also by two processes at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blip3o_ds.data.index import index_path
+from blip3o_ds.data.moments import ChannelMoments
+from blip3o_ds.data.schema import MANIFEST_NAME, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.writer import shard_paths
+from blip3o_ds.errors import DataError
+from blip3o_ds.files import atomic_write, atomic_write_json, fsync_dir
+
+logger = logging.getLogger(__name__)
+
+BROKEN_NAME = "broken_images.jsonl"
+_PARTS = ".parts"
+_PLAN = "plan.json"
+_DONE_NAME = re.compile(r"part_\d{7}\.json")
+
+
+class Extraction:
+    """The state of an extraction into `dst`, all of it on disk.
+
+    `weights` and `samples_per_shard` are what it was begun with, `parts` are names and sizes of the source's parts;
+    going on with others is a DataError.
+    """
+
+    def __init__(
+        self,
+        dst: Path,
+        spec: DatasetSpec,
+        samples_per_shard: int,
+        weights: dict[str, str],
+        parts: list[tuple[str, int]],
+    ) -> None:
+        self._dst = dst
+        self._spec = spec
+        self._weights = weights
+        self._num_parts = len(parts)
+        self._plan = {
+            "spec": spec.to_dict(),
+            "samples_per_shard": samples_per_shard,
+            **weights,
+            "num_parts": len(parts),
+            "parts_sha256": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        }
+
+    def is_finished(self) -> bool:
+        """Whether the dataset is there; raises DataError where another one is."""
+        if not (self._dst / MANIFEST_NAME).exists():
+            return False
+        self._compare(Manifest.load(self._dst).extra.get("extraction"), self._dst / MANIFEST_NAME)
+        return True
+
+    def begin(self, numbers: Iterable[int]) -> list[int]:
+        """Write down what is to be done, or compare it with what was begun; returns which of these parts are not done.
+
+        Raises DataError where something else was begun, or is there.
+        """
+        if self.is_finished():
+            return []
+        path = self._dst / _PARTS / _PLAN
+        if path.exists():
+            self._compare(json.loads(path.read_bytes()), path)
+        elif self._dst.is_dir() and shard_paths(self._dst):
+            if self.is_finished():  # by another process, just now
+                return []
+            raise DataError(f"{self._dst}: holds shards that another command wrote; choose another folder")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(path, self._plan)
+        return [number for number in numbers if not self._done_path(number).exists()]
+
+    def part_folder(self, number: int) -> Path:
+        return self._dst / _PARTS / f"part_{number:07d}"
+
+    def mark_done(self, number: int, counts: dict[str, int]) -> None:
+        """`counts` has at least the part's `samples`, which may be 0."""
+        atomic_write_json(self._done_path(number), counts)
+
+    def parts_left(self) -> int:
+        """Parts that no process has finished; 0 once the dataset is there."""
+        if (self._dst / MANIFEST_NAME).exists():
+            return 0
+        try:
+            names = os.listdir(self._dst / _PARTS)
+        except FileNotFoundError:
+            if self.is_finished():  # by another process, just now
+                return 0
+            raise
+        return self._num_parts - sum(bool(_DONE_NAME.fullmatch(name)) for name in names)
+
+    def num_samples(self) -> int | None:
+        """Of the finished dataset; None before."""
+        return Manifest.load(self._dst).num_samples if (self._dst / MANIFEST_NAME).exists() else None
+
+    def finish_if_last(self) -> None:
+        """Join the parts when all are done; another process may be doing the same."""
+        try:
+            if self.parts_left():
+                return
+            if not self.is_finished():
+                self._join()
+        except (DataError, FileNotFoundError):
+            if not self.is_finished():  # otherwise the other one was faster, and took the parts away
+                raise
+        shutil.rmtree(self._dst / _PARTS, ignore_errors=True)  # the other one may be at it as well
+
+    def _done_path(self, number: int) -> Path:
+        return self.part_folder(number).with_suffix(".json")
+
+    def _join(self) -> None:
+        shards: list[ShardInfo] = []
+        eva, clip = ChannelMoments.empty(self._spec.eva_dim), ChannelMoments.empty(self._spec.clip_dim)
+        broken = b""
+        for number in range(self._num_parts):
+            folder = self.part_folder(number)
+            if (folder / BROKEN_NAME).exists():
+                broken += (folder / BROKEN_NAME).read_bytes()
+            if json.loads(self._done_path(number).read_bytes())["samples"] == 0:
+                continue
+            part = Manifest.load(folder)
+            for info in part.shards:
+                target = self._dst / f"shard_{len(shards):05d}.tar"
+                _move(folder / info.name, target)
+                _move(index_path(folder / info.name), index_path(target))
+                shards.append(replace(info, name=target.name))
+            eva = eva.merge(ChannelMoments.from_stats(part.eva_stats))
+            clip = clip.merge(ChannelMoments.from_stats(part.clip_stats))
+        if broken:
+            with atomic_write(self._dst / BROKEN_NAME) as file:
+                file.write(broken)
+        if not shards:
+            raise DataError(f"{self._dst}: no picture could be used; see {BROKEN_NAME} in it")
+        fsync_dir(self._dst)
+        extra = {**self._weights, "extraction": self._plan}
+        Manifest(self._spec, tuple(shards), eva.to_stats(), clip.to_stats(), extra).save(self._dst)
+        logger.info("%s is finished: %d shards", self._dst, len(shards))
+
+    def _compare(self, found: Any, path: Path) -> None:
+        if found == self._plan:
+            return
+        names = [name for name in self._plan if not isinstance(found, dict) or found.get(name) != self._plan[name]]
+        raise DataError(
+            f"{path}: was begun with another {', '.join(names)}; go on with the same arguments and images, or choose "
+            "another folder (`blip3o-ds data append` joins two)"
+        )
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        if not target.exists():
+            raise

@@ -1,0 +1,140 @@
+"""Who computes a workload: these kernels, plain PyTorch, torch.compile, SDPA's backends, and other libraries.
+
+All of them get the same arguments and must give the same outputs; a library that is not installed is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import blip3o_kernels
+import torch
+import torch.nn.functional as F
+from blip3o_kernels import reference, use_kernels
+from blip3o_kernels.benchmarks.workloads import ATTENTION, WORKLOADS, Arguments, Outputs, Workload
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+OURS = "triton"
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A name and a function of a workload's arguments."""
+
+    name: str
+    run: Callable[[Arguments], Outputs]
+
+
+def providers(name: str, backend: str = "inductor") -> list[Provider]:
+    """Those that can compute this workload, ours first.
+
+    Compiled functions are new ones; forget those of other shapes with `torch.compiler.reset()` before.
+
+    Args:
+        backend: of torch.compile.
+    """
+    workload = WORKLOADS[name]
+    found = [
+        Provider(OURS, partial(_ours, workload)),
+        Provider("pytorch", partial(workload.run, reference)),
+        Provider("compile", _compiled(workload, backend)),
+    ]
+    if name in ATTENTION:
+        rope = torch.compile(reference.qk_norm_rope, fullgraph=True, backend=backend)
+        for kernel in SDPA:
+            operations = SimpleNamespace(qk_norm_rope=rope, gqa_attention=partial(_sdpa, kernel))
+            found.append(Provider(kernel, partial(_dynamic_batch, partial(workload.run, operations))))
+    for library, operations in _libraries().items():
+        if name in operations:
+            found.append(Provider(library, operations[name]))
+    return found
+
+
+def _ours(workload: Workload, arguments: Arguments) -> Outputs:
+    with use_kernels("triton"):
+        return workload.run(blip3o_kernels, arguments)
+
+
+def _compiled(workload: Workload, backend: str) -> Callable[[Arguments], Outputs]:
+    def plain(*arguments: Tensor) -> Outputs:
+        return workload.run(reference, arguments)
+
+    compiled = torch.compile(plain, fullgraph=True, backend=backend)
+    return partial(_dynamic_batch, lambda arguments: compiled(*arguments))
+
+
+def _dynamic_batch(function: Callable[[Arguments], Outputs], arguments: Arguments) -> Outputs:
+    """One compilation for all batch sizes; every other size is compiled in."""
+    batch = arguments[0].shape[0]
+    for x in arguments:
+        if x.shape[0] == batch and (x.dim() > 2 or (x.dim() == 2 and x.requires_grad)):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+    return function(arguments)
+
+
+def _sdpa(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by this one of PyTorch's kernels alone, which raises RuntimeError if it cannot."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if kernel == "efficient":  # knows no groups: its keys are copied for every query head
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    with sdpa_kernel(SDPA[kernel]):
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def _libraries() -> dict[str, dict[str, Callable[[Arguments], Outputs]]]:
+    """What other kernel libraries have of these workloads, by library and workload."""
+    found: dict[str, dict[str, Callable[[Arguments], Outputs]]] = {}
+    if find_spec("liger_kernel"):
+        found["liger"] = {
+            "rms_norm": _liger_rms_norm,
+            "modulated_rms_norm": _liger_modulated_rms_norm,
+            "swiglu": _liger_swiglu,
+        }
+    if find_spec("quack"):
+        found["quack"] = {"rms_norm": _quack_rms_norm}
+    return found
+
+
+def _liger_rms_norm(arguments: Arguments) -> Outputs:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    x, weight = arguments
+    return (LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "gemma", False),)
+
+
+def _liger_modulated_rms_norm(arguments: Arguments) -> Outputs:
+    from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
+
+    x, weight, scale = arguments
+    return (LigerModulatedRMSNormFunction.apply(x, weight, scale, None, 1e-6, 0.0, "gemma", False),)
+
+
+def _liger_swiglu(arguments: Arguments) -> Outputs:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return (LigerSiLUMulFunction.apply(*arguments),)
+
+
+def _quack_rms_norm(arguments: Arguments) -> Outputs:
+    from quack import rmsnorm
+
+    x, weight = arguments
+    return (rmsnorm(x.flatten(0, 1), weight, eps=1e-6).view(x.shape),)
+
+
+def gradients(outputs: Outputs, arguments: Arguments, upstream: Outputs, retain_graph: bool = False) -> Outputs:
+    """The backward pass: gradients of every argument that requires one."""
+    pairs = [(y, dy) for y, dy in zip(outputs, upstream, strict=True) if y.requires_grad]
+    leaves = [x for x in arguments if x.requires_grad]
+    return torch.autograd.grad([y for y, _ in pairs], leaves, [dy for _, dy in pairs], retain_graph=retain_graph)

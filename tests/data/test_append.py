@@ -1,0 +1,130 @@
+"""`append` adds shards without touching them, refuses what does not fit, and leaves no trace where it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blip3o_ds.data.append import append
+from blip3o_ds.data.order import GlobalOrder
+from blip3o_ds.data.schema import DatasetSpec, Manifest
+from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.split import split
+from blip3o_ds.data.verify import verify
+from blip3o_ds.data.writer import DatasetWriter
+from blip3o_ds.errors import DataError
+
+SPEC = DatasetSpec(4, "patch_only", 8, 4, "fp32", "eva", "clip")
+
+
+def write(folder: Path, keys: range, spec: DatasetSpec = SPEC) -> Path:
+    with DatasetWriter(folder, spec, samples_per_shard=3) as writer:
+        for i in keys:
+            generator = torch.Generator().manual_seed(i)
+            eva = i + torch.randn(spec.num_tokens, spec.eva_dim, generator=generator)
+            writer.write(f"key{i}", eva, torch.randn(spec.num_tokens, spec.clip_dim, generator=generator), {"n": i})
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_appending_gives_what_writing_all_at_once_gives(tmp_path):
+    whole = write(tmp_path / "whole", range(12))
+    dst = write(tmp_path / "dst", range(6))
+    sources = [write(tmp_path / "b", range(6, 9)), write(tmp_path / "c", range(9, 12))]
+
+    result = append(dst, sources)
+
+    assert result == {"shards_added": 2, "samples_added": 6, "shards": 4, "samples": 12}
+    assert verify(dst).problems == []
+    found, expected = Manifest.load(dst), Manifest.load(whole)
+    assert found.shards == expected.shards
+    assert np.allclose(found.eva_stats.mean, expected.eva_stats.mean, rtol=1e-12)
+    assert np.allclose(found.eva_stats.var, expected.eva_stats.var, rtol=1e-12)
+    assert [entry["name"] for entry in found.extra["appended"]] == ["b", "c"]
+    assert (dst / "shard_00002.tar").samefile(tmp_path / "b" / "shard_00000.tar")
+
+
+def test_shards_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    dst, src = write(tmp_path / "dst", range(4)), write(tmp_path / "src", range(4, 8))
+    append(dst, [src])
+    assert verify(dst).problems == []
+    assert not (dst / "shard_00002.tar").samefile(src / "shard_00000.tar")
+
+
+def test_the_first_epoch_of_the_old_shards_is_the_same_before_and_after(tmp_path):
+    dst = write(tmp_path / "dst", range(6))
+    before = EmbeddingDataset(dst)
+    append(dst, [write(tmp_path / "src", range(6, 12))])
+    after = EmbeddingDataset(dst, max_shards=2)
+    orders = [GlobalOrder(dataset.shard_sizes, 5, 2).slice(0, 12) for dataset in (before, after)]
+    assert orders[0] == orders[1]
+
+
+def damaged(folder: Path) -> Path:
+    path = folder / "shard_00001.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda p: [write(p / "s", range(5, 9))],
+            r"s/shard_00000\.tar: key 'key5' is in .*dst/shard_00001\.tar as well",
+        ),
+        (lambda p: [write(p / "s", range(6, 9))] * 2, "key 'key6' is in .* as well"),
+        (lambda p: [write(p / "s", range(6, 9), replace(SPEC, dtype="bf16"))], r"spec is not that .*dtype: 'bf16'"),
+        (lambda p: [damaged(write(p / "s", range(6, 12)))], r"s/shard_00001\.tar has \d+ bytes"),
+        (lambda p: [write(p / "s", range(6, 9)), p / "absent"], r"absent/manifest\.json is missing"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path, make, message):
+    dst = write(tmp_path / "dst", range(6))
+    before = contents(dst)
+    with pytest.raises(DataError, match=message):
+        append(dst, make(tmp_path))
+    assert contents(dst) == before
+
+
+def test_a_split_is_not_appended_to_nor_appended(tmp_path):
+    whole = write(tmp_path / "whole", range(12))
+    split(whole, tmp_path / "split", 0.5)
+    for arguments in ((tmp_path / "split" / "train", [whole]), (whole, [tmp_path / "split" / "eval"])):
+        with pytest.raises(DataError, match="a split of"):
+            append(*arguments)
+
+
+def test_a_failure_on_the_way_leaves_the_dataset_as_it_was(tmp_path, monkeypatch):
+    dst, src = write(tmp_path / "dst", range(6)), write(tmp_path / "src", range(6, 12))
+    before, link = contents(dst), os.link
+
+    def fail_late(source, target):
+        if target.name == "shard_00003.tar.idx":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", fail_late)
+    with pytest.raises(OSError, match="No space left"):
+        append(dst, [src])
+    assert contents(dst) == before
+
+
+def test_an_append_that_was_killed_can_be_repeated(tmp_path):
+    dst, src = write(tmp_path / "dst", range(6)), write(tmp_path / "src", range(6, 12))
+    (dst / "shard_00002.tar").write_bytes(b"half")  # the manifest does not name it
+    append(dst, [src])
+    assert verify(dst).problems == []
