@@ -106,7 +106,7 @@ class SlurmCluster:
             time.sleep(0.2)
         return job["JobState"]
 
-    def wait(self, job_id: int, timeout: float = 90) -> str:
+    def wait(self, job_id: int, timeout: float = 240) -> str:
         """Wait for the job's end and return its last state: COMPLETED, FAILED, ..."""
         return self.wait_for_state(job_id, ENDED, timeout)
 

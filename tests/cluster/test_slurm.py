@@ -64,7 +64,7 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("straight")
     zero = ["--deepspeed_config", str(PROJECT / "ds_configs" / "zero1.json")]
     command = train_command(data, output, 2, SETTINGS, zero)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return output
 
@@ -99,10 +99,24 @@ def kill_rank_1(slurm: SlurmCluster, _job: int) -> None:
     slurm.nodes[1].run("kill", "-KILL", str(pid))
 
 
+def kill_slurmd(slurm: SlurmCluster, job: int, number: int) -> None:
+    """The node returns once SLURM has given it up; its rank is frozen, or the job might end before that."""
+    slurm.kill_slurmd(number)
+    slurm.nodes[number - 1].run("pkill", "-STOP", "--full", "train_clip_reproduction.py")
+    try:
+        slurm.wait_for_state(job, {"COMPLETING", "PENDING"}, 60)
+    finally:
+        slurm.start_slurmd(number)
+        slurm.wait_for_nodes()
+
+
 INTERRUPTIONS = {
     "requeued by scontrol": SlurmCluster.requeue,
     "told that its time is up": lambda slurm, job: slurm.signal_batch(job, "USR1"),
     "one rank killed": kill_rank_1,
+    "its step cancelled": lambda slurm, job: slurm.cancel(job, step=0),
+    "slurmd killed on the batch node": lambda slurm, job: kill_slurmd(slurm, job, 1),
+    "slurmd killed on the other node": lambda slurm, job: kill_slurmd(slurm, job, 2),
 }
 
 
