@@ -87,12 +87,12 @@ class SlurmCluster:
         done = self.nodes[0].run("sbatch", "--parsable", *options, str(script), *arguments, env=passed)
         return int(done.stdout.strip().split(";")[0])
 
-    def job(self, job_id: int) -> dict[str, str]:
-        """What `scontrol show job` says, by field."""
+    def job(self, job_id: int | str) -> dict[str, str]:
+        """What `scontrol show job` says, by field; a task of an array is `12_0`."""
         text = self.command("scontrol", "--oneliner", "show", "job", str(job_id)).stdout
         return dict(item.split("=", 1) for item in text.split() if "=" in item)
 
-    def wait_for_state(self, job_id: int, states: set[str], timeout: float) -> str:
+    def wait_for_state(self, job_id: int | str, states: set[str], timeout: float) -> str:
         """Until the job is in one of these states; a requeued job is let go sooner than SLURM's two minutes."""
         deadline = time.monotonic() + timeout
         while (job := self.job(job_id))["JobState"] not in states:
@@ -106,11 +106,15 @@ class SlurmCluster:
             time.sleep(0.2)
         return job["JobState"]
 
-    def wait(self, job_id: int, timeout: float = 240) -> str:
+    def wait(self, job_id: int | str, timeout: float = 240) -> str:
         """Wait for the job's end and return its last state: COMPLETED, FAILED, ..."""
-        return self.wait_for_state(job_id, ENDED, timeout)
+        while True:
+            state = self.wait_for_state(job_id, ENDED, timeout)
+            time.sleep(2)  # on its way back to the queue a job shows the state in which it was ended
+            if self.job(job_id)["JobState"] == state:
+                return state
 
-    def wait_for_log(self, job_id: int, pattern: str, timeout: float = 60) -> None:
+    def wait_for_log(self, job_id: int | str, pattern: str, timeout: float = 60) -> None:
         """Until the job's log has a line that matches."""
         wait_until(
             lambda: re.search(pattern, self.log(job_id)),
@@ -118,7 +122,7 @@ class SlurmCluster:
             f"job {job_id}: no line matches {pattern!r} after {timeout} s",
         )
 
-    def log(self, job_id: int) -> str:
+    def log(self, job_id: int | str) -> str:
         """What the job wrote so far, all its starts together."""
         path = Path(self.job(job_id)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
