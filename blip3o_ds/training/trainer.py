@@ -160,7 +160,8 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 logger.warning("step %d skipped: the gradient is not finite (%d in a row)", step, skipped_in_a_row)
                 record_bad_batch(run_dir, step, keys, losses)
                 if skipped_in_a_row > config.train.max_skipped_steps:
-                    step = roll_back(engine, saver, run_dir, config, step, rollbacks)
+                    checkpoint = roll_back(engine, saver, run_dir, config, step, rollbacks)
+                    step, best = checkpoint.step, checkpoint.state["best"]
                     rollbacks, skipped_in_a_row = rollbacks + 1, 0
                     writer.rewind(step)
                     progress = Progress(total_steps, step)
@@ -350,8 +351,8 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
 
 def roll_back(
     engine: Engine, saver: CheckpointWriter, run_dir: Path, config: RunConfig, step: int, rollbacks: int
-) -> int:
-    """Go back to the last checkpoint and return its step; the data goes on behind the batches that failed.
+) -> Checkpoint:
+    """Go back to the last checkpoint and return it; the data goes on behind the batches that failed.
 
     Going through the same samples again would end in the same place, since a step is a function of its samples.
 
@@ -370,7 +371,7 @@ def roll_back(
         )
     load_checkpoint(engine, checkpoint)
     logger.warning("back to %s, with the samples after step %d's", checkpoint.path, step)
-    return checkpoint.step
+    return checkpoint
 
 
 def is_due(step: int, every: int) -> bool:
