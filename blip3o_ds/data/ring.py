@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _READ_THREADS = min(4, os.cpu_count() or 1)  # reading releases the interpreter lock; four saturate a memory channel
 _READAHEAD_BYTES = 512 << 20  # of this rank's coming samples that the system is asked to have in memory
 _READAHEAD_STEPS = 64  # at most, where samples are small
+_SURE_AFTER = 4  # steps in a row found in memory already: then the next will be too, and looking costs readers time,
+_LOOK_EVERY = 8  # so only one step of so many is looked at, until one is not there
 
 
 class Buffers:
@@ -81,6 +83,7 @@ class StepRing:
         self._plans: deque[list[tuple[int, int]]] = deque()  # of the next steps
         sample_bytes = sum(tensor.num_bytes for tensor in stored_tensors(dataset.spec))
         self._plans_ahead = min(_READAHEAD_STEPS, max(1, _READAHEAD_BYTES // (rows * sample_bytes)))
+        self._steps_in_memory = 0  # in a row, of those looked at
         self._near: list[int] = []
         self._free = deque(Buffers(dataset.spec, rows, pin) for _ in range(num_buffers))
         self._steps: deque[Step] = deque()  # begun and not yet handed out
@@ -176,8 +179,9 @@ class StepRing:
             self._near = near
         while len(self._plans) <= self._plans_ahead:
             self._plans.append(self._order.slice(self._planned, self._planned + self._rows))
+            if self._looks_at(self._planned):
+                self._adviser.submit(self._advise, self._planned, self._plans[-1])
             self._planned += self._stride
-            self._adviser.submit(self._advise, self._plans[-1])
         buffers = self._free.popleft()  # the one that has been free for longest
         if buffers.uploaded is not None:
             buffers.uploaded.synchronize()
@@ -186,13 +190,21 @@ class StepRing:
         self._begun += self._stride
         return step
 
-    def _advise(self, places: list[tuple[int, int]]) -> None:
+    def _looks_at(self, position: int) -> bool:
+        """Whether to ask for the samples of the step at this position, where they are not in memory."""
+        return self._steps_in_memory < _SURE_AFTER or position // self._stride % _LOOK_EVERY == 0
+
+    def _advise(self, position: int, places: list[tuple[int, int]]) -> None:
+        if not self._looks_at(position):  # any more
+            return
+        asked = False
         for shard, index in places:
             if self._stopping:
                 return
             try:
-                self._dataset.will_need(shard, index)
+                asked |= self._dataset.will_need(shard, index)
             except (DataError, OSError) as error:
                 # Not this thread's to raise: reading comes to the same sample, in its turn.
                 logger.debug("no readahead of sample %d of shard %d: %s", index, shard, error)
                 return
+        self._steps_in_memory = 0 if asked else self._steps_in_memory + 1

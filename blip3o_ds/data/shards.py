@@ -107,13 +107,14 @@ class ShardReader:
             check_finite(out[side], out.get(f"{side}_scale"), side, where)
         return self.keys[i]
 
-    def will_need(self, i: int) -> None:
-        """Have the system read sample `i` into the page cache in the background, unless it is there."""
+    def will_need(self, i: int) -> bool:
+        """Have the system read sample `i` into the page cache in the background; False where it is there already."""
         start, size = (int(self.index.members[name][i]) for name in ("tensors_offset", "tensors_size"))
         if self._is_cached(start) and self._is_cached(start + size - 1):
-            return
+            return False
         for piece in range(start, start + size, self._advice_bytes):
             os.posix_fadvise(self._file.fileno(), piece, min(self._advice_bytes, start + size - piece), _WILLNEED)
+        return True
 
     def meta(self, i: int) -> dict[str, Any]:
         """What came with sample `i`: its caption and whatever else the source had."""
@@ -273,11 +274,12 @@ class EmbeddingDataset:
                 return key
         raise DataError(f"{self.location}: none of its samples can be read; `blip3o-ds data verify` says why")
 
-    def will_need(self, shard: int, index: int) -> None:
-        """Have the system read a sample into the page cache in the background."""
-        if shard not in self._bad_shards:
-            reader, row = self._locate(shard, index)
-            reader.will_need(row)
+    def will_need(self, shard: int, index: int) -> bool:
+        """Have the system read a sample into the page cache in the background; False where there is nothing to do."""
+        if shard in self._bad_shards:
+            return False
+        reader, row = self._locate(shard, index)
+        return reader.will_need(row)
 
     def meta(self, shard: int, index: int) -> dict[str, Any]:
         """What came with the sample: caption and other fields."""

@@ -44,8 +44,9 @@ class CountedDataset:
     def prefetch(self, shards) -> None:
         assert set(shards) <= set(range(len(self.shard_sizes)))
 
-    def will_need(self, shard: int, index: int) -> None:
+    def will_need(self, shard: int, index: int) -> bool:
         assert index < self.shard_sizes[shard]
+        return False
 
     def read_into(self, shard: int, index: int, out) -> str:
         out["eva"][:] = torch.tensor([shard, index])

@@ -361,7 +361,7 @@ def test_a_read_that_does_not_end_is_named_while_it_lasts(dataset_dir, monkeypat
     monkeypatch.setattr(ring_module, "SLOW_READ_SECONDS", 0.05)
     folder = dataset_dir(10)
     answered = threading.Event()
-    monkeypatch.setattr(EmbeddingDataset, "will_need", lambda *_: None)
+    monkeypatch.setattr(EmbeddingDataset, "will_need", lambda *_: False)
     read_into = ShardReader.read_into
 
     def hang(reader, *arguments):

@@ -91,6 +91,40 @@ def test_without_a_released_buffer_nothing_is_overwritten(dataset):
     ring.close()
 
 
+class Inline:
+    """Runs at once what an executor would run later."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, function, *arguments):
+        function(*arguments)
+
+    def shutdown(self, **_):
+        pass
+
+
+def test_where_samples_are_in_memory_only_some_steps_are_looked_at(dataset_dir, monkeypatch):
+    monkeypatch.setattr(ring_module, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(ring_module, "_READAHEAD_STEPS", 1)
+    dataset = EmbeddingDataset(dataset_dir(200))  # an epoch is longer than what is read here
+    order = GlobalOrder(dataset.shard_sizes, 3, 2)
+    step_of = {place: position // 4 for position, place in enumerate(order.slice(0, 200))}
+    looked = []
+
+    def will_need(*place):
+        looked.append(step_of[place])
+        return step_of[place] == 24  # the only one that is not in memory
+
+    monkeypatch.setattr(dataset, "will_need", will_need)
+    ring = open_ring(dataset)
+    for _ in range(40):
+        ring.release(ring.get())
+    ring.close()
+    once = [step for step in dict.fromkeys(looked) if step <= 40]
+    assert once == [0, 1, 2, 3, 8, 16, 24, 25, 26, 27, 28, 32, 40]
+
+
 class RecordedUploader(_Uploader):
     """Notes what would be copied to a GPU, and when it is used."""
 

@@ -380,10 +380,10 @@ def test_the_whole_of_a_sample_that_is_not_in_memory_is_asked_for(dataset_dir, m
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.extend(range(start, start + size)))
     monkeypatch.setattr(reader, "_advice_bytes", 100)
-    reader.will_need(1)
+    assert not reader.will_need(1)
     assert asked == []  # it was written a moment ago
     monkeypatch.setattr(reader, "_is_cached", lambda offset: False)
-    reader.will_need(1)
+    assert reader.will_need(1)
     start, size = (int(reader.index.members[name][1]) for name in ("tensors_offset", "tensors_size"))
     assert asked == list(range(start, start + size))
 
