@@ -21,6 +21,7 @@ from blip3o_ds.data.index import ShardIndex, check_tar_size, index_path
 from blip3o_ds.data.moments import ChannelMoments
 from blip3o_ds.data.schema import MANIFEST_NAME, Manifest, ShardInfo
 from blip3o_ds.data.selection import key_hashes
+from blip3o_ds.data.writer import sole_writer
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write, fsync_dir
 
@@ -49,10 +50,15 @@ def append(dataset_dir: str | Path, sources: Sequence[str | Path]) -> dict[str, 
     """Add the shards of the datasets `sources` to the one in `dataset_dir`, in the order given.
 
     All must have the same specification, and no key may come twice. Shards already there keep their names and places;
-    the new ones are numbered on. Needs 8 bytes of memory for each sample of all sets. One append at a time. Returns
-    counts; raises DataError, and then leaves the dataset as it was.
+    the new ones are numbered on. Needs 8 bytes of memory for each sample of all sets. Returns counts; raises DataError,
+    and then leaves the dataset as it was.
     """
-    own = _open(Path(dataset_dir))
+    folder = Path(dataset_dir)
+    with sole_writer(folder):
+        return _append(_open(folder), sources)
+
+
+def _append(own: _Set, sources: Sequence[str | Path]) -> dict[str, Any]:
     added = [_open(Path(source)) for source in sources]
     for other in added:
         if differences := other.manifest.spec.differences(own.manifest.spec):

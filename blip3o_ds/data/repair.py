@@ -18,7 +18,7 @@ from blip3o_ds.data.remote import is_remote
 from blip3o_ds.data.schema import Manifest, ShardInfo
 from blip3o_ds.data.source import Folder
 from blip3o_ds.data.tar import Member, TarWalk
-from blip3o_ds.data.writer import ShardWriter
+from blip3o_ds.data.writer import ShardWriter, sole_writer
 from blip3o_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,11 @@ def repair(dataset_dir: str | Path, workers: int | None = None) -> RepairReport:
     if is_remote(str(dataset_dir)):
         raise DataError(f"{dataset_dir}: a dataset behind a URL cannot be mended in place; repair the folder it is of")
     folder = Path(dataset_dir)
+    with sole_writer(folder):
+        return _repair(folder, workers)
+
+
+def _repair(folder: Path, workers: int | None) -> RepairReport:
     manifest = Manifest.load(folder)
     if manifest.selection is not None:
         raise DataError(f"{folder}: a split; repair {manifest.selection.of}, and split it again")

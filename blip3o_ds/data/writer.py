@@ -7,9 +7,11 @@ would have written.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -34,11 +36,36 @@ _SHARD_NAME = re.compile(r"shard_(\d{5,})\.tar")
 _LEFTOVER_NAME = re.compile(r"\.(shard_\d{5,}\.tar(\.idx)?|manifest\.json)\.\d+\.tmp")
 
 
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes of this project from writing into a dataset's folder at the same time.
+
+    The lock is the folder's own and ends with the process. Raises DataError where another holds it; on a file system
+    without locks nobody is kept out.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # nobody writes there, and whoever reads there first says so
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another process is writing into it; wait for its end, or end it") from None
+        except OSError as error:
+            logger.debug("%s: cannot be locked: %s", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class DatasetWriter:
     """Writes samples into shards of `samples_per_shard` and, on a clean exit, the manifest.
 
     A context manager. Left by an exception, it keeps the shards that are complete and removes the one under way;
-    `DatasetWriter.resume` goes on from there and ends with the same bytes as an uninterrupted run.
+    `DatasetWriter.resume` goes on from there and ends with the same bytes as an uninterrupted run. One process at a
+    time writes into a folder.
     """
 
     def __init__(
@@ -109,17 +136,18 @@ class DatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._abort()
-            return
-        if self._failure is not None:
-            raise self._failure
-        try:
-            self._close()
-        except OSError as failure:
-            raise _write_failed(self._dst, failure) from failure
-        finally:
-            self._abort()
+        with self._lock:
+            if error is not None:
+                self._abort()
+                return
+            if self._failure is not None:
+                raise self._failure
+            try:
+                self._close()
+            except OSError as failure:
+                raise _write_failed(self._dst, failure) from failure
+            finally:
+                self._abort()
 
     def _begin(self, dst: Path, spec: DatasetSpec, samples_per_shard: int, extra: dict[str, Any] | None) -> None:
         if samples_per_shard < 1:
@@ -137,6 +165,8 @@ class DatasetWriter:
         self._failure: DataError | None = None
         try:
             dst.mkdir(parents=True, exist_ok=True)
+            self._lock = contextlib.ExitStack()
+            self._lock.enter_context(sole_writer(dst))
             _remove_leftovers(dst)
         except OSError as error:
             raise _write_failed(dst, error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 
 from blip3o_ds.data.append import append
 from blip3o_ds.data.order import GlobalOrder
+from blip3o_ds.data.repair import repair
 from blip3o_ds.data.schema import DatasetSpec, Manifest
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.data.split import split
 from blip3o_ds.data.verify import verify
-from blip3o_ds.data.writer import DatasetWriter
+from blip3o_ds.data.writer import DatasetWriter, sole_writer
 from blip3o_ds.errors import DataError
 
 SPEC = DatasetSpec(4, "patch_only", 8, 4, "fp32", "eva", "clip")
@@ -128,3 +130,36 @@ def test_an_append_that_was_killed_can_be_repeated(tmp_path):
     (dst / "shard_00002.tar").write_bytes(b"half")  # the manifest does not name it
     append(dst, [src])
     assert verify(dst).problems == []
+
+
+def test_while_one_process_writes_into_a_folder_no_other_does(tmp_path):
+    dst, other = write(tmp_path / "dst", range(3)), write(tmp_path / "b", range(3, 6))
+    before = contents(dst)
+    with sole_writer(dst):
+        for write_too in (
+            lambda: append(dst, [other]),
+            lambda: repair(dst),
+            lambda: DatasetWriter.resume(dst, SPEC, samples_per_shard=3),
+        ):
+            with pytest.raises(DataError, match=rf"{dst}: another process is writing into it"):
+                write_too()
+    assert contents(dst) == before
+    append(dst, [other])
+
+
+def test_a_writer_lets_go_of_the_folder_however_it_ends(tmp_path):
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "dst", SPEC):
+        raise KeyboardInterrupt
+    with pytest.raises(DataError, match="no sample was written"), DatasetWriter(tmp_path / "dst", SPEC):
+        pass
+    killed = DatasetWriter(tmp_path / "dst", SPEC)
+    del killed
+    write(tmp_path / "dst", range(3))
+
+
+def test_where_a_file_system_has_no_locks_writing_goes_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert len(EmbeddingDataset(write(tmp_path / "dst", range(3)))) == 3
