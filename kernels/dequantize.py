@@ -14,6 +14,7 @@ import triton.language as tl
 from blip3o_kernels import reference
 from blip3o_kernels.checks import check_dequantize_fp8
 from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.launch import ROW_OPTIONS
 from blip3o_kernels.numeric import rounded
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def launch(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     grid = (scale.numel(), triton.cdiv(D, BD))
     stored = stored.contiguous().view(torch.uint8)
     with torch.cuda.device_of(stored):
-        _dequantize_kernel[grid](stored, scale.contiguous(), out, D, BD=BD, num_warps=num_warps)
+        _dequantize_kernel[grid](stored, scale.contiguous(), out, D, BD=BD, num_warps=num_warps, **ROW_OPTIONS)
     return out
 
 

@@ -16,6 +16,7 @@ from blip3o_kernels.autograd import differentiable, differentiable_once
 from blip3o_kernels.checks import check_flow_matching_loss
 from blip3o_kernels.dispatch import triton_chosen
 from blip3o_kernels.launch import (
+    ROW_OPTIONS,
     RowConfig,
     SumConfig,
     as_rows,
@@ -91,7 +92,7 @@ def launch_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(prediction):
         _forward_kernel[(B * splits,)](
             prediction, target, sums, *prediction.stride()[:2], *target.stride()[:2], N, splits, tiles, B * splits,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, num_stages=1,
+            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return sums[0].sum(-1) / N, sums[1:].sum(-1) / N
 
@@ -106,7 +107,7 @@ def launch_backward(d_mse: Tensor, x: Tensor, other: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         _backward_kernel[(B * blocks,)](
             d_mse, x, other, dx, d_mse.stride(0), *x.stride()[:2], *other.stride()[:2], N, blocks,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, num_stages=1,
+            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return dx
 

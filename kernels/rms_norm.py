@@ -16,6 +16,7 @@ from blip3o_kernels.autograd import differentiable, differentiable_once
 from blip3o_kernels.checks import check_rms_norm
 from blip3o_kernels.dispatch import triton_chosen
 from blip3o_kernels.launch import (
+    ROW_OPTIONS,
     RowConfig,
     SumConfig,
     as_rows,
@@ -119,7 +120,7 @@ def launch_forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) 
     with torch.cuda.device_of(x):
         _forward_kernel[(B * blocks,)](
             rows, weight, scale, y, rows.stride(0), rows.stride(1), row_stride(scale), N, blocks, eps,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, num_stages=1,
+            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return y
 
@@ -139,7 +140,7 @@ def launch_backward(
         _backward_kernel[(B * splits,)](
             upstream, rows, weight, scale, dx, partial, upstream.stride(0), upstream.stride(1), rows.stride(0),
             rows.stride(1), row_stride(scale), N, splits, tiles, eps,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, num_stages=1,
+            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return dx, *gain_gradients(partial, weight, scale, gate=False)
 
@@ -161,10 +162,10 @@ def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate:
             d_factor = torch.empty(B, D, dtype=factor.dtype, device=weight.device)
             _factor_gradient_kernel[(B * cdiv(D, 64),)](
                 partial, weight, factor, d_factor, rows, factor.stride(0), splits,
-                D, 64, 32, gate, num_warps=4, num_stages=1,
+                D, 64, 32, gate, num_warps=4, **ROW_OPTIONS,
             )  # fmt: skip
         _column_sums_kernel[(cdiv(D, 32),)](
-            rows, d_weight, rows.shape[0], D, 32, 128, num_warps=8, num_stages=1
+            rows, d_weight, rows.shape[0], D, 32, 128, num_warps=8, **ROW_OPTIONS
         )  # fmt: skip
     return d_weight, d_factor
 

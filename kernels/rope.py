@@ -16,6 +16,7 @@ from blip3o_kernels.autograd import differentiable, differentiable_once
 from blip3o_kernels.checks import check_qk_norm_rope
 from blip3o_kernels.dispatch import triton_chosen
 from blip3o_kernels.launch import (
+    ROW_OPTIONS,
     RowConfig,
     SumConfig,
     cdiv,
@@ -140,7 +141,7 @@ def launch_forward(
         _forward_kernel[(B * (q_blocks + k_blocks),)](
             q, k, q_weight.contiguous(), k_weight.contiguous(), _table(cos), _table(sin), q_out, k_out,
             *q.stride()[:3], *k.stride()[:3], Nq, Nk, q_blocks, k_blocks, eps,
-            H, Hkv, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, num_stages=1,
+            H, Hkv, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return q_out, k_out
 
@@ -173,7 +174,7 @@ def launch_backward(
             dq, dk, q, k, q_weight, k_weight, _table(cos), _table(sin), dq_out, dk_out, q_partial, k_partial,
             *dq.stride()[:3], *dk.stride()[:3], *q.stride()[:3], *k.stride()[:3],
             Nq, Nk, q_splits, k_splits, tiles, eps,
-            H, Hkv, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, num_stages=1,
+            H, Hkv, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     d_q_weight, _ = gain_gradients(q_partial, q_weight, None, gate=False)
     d_k_weight, _ = gain_gradients(k_partial, k_weight, None, gate=False)

@@ -16,6 +16,7 @@ from blip3o_kernels.autograd import differentiable, differentiable_once
 from blip3o_kernels.checks import check_sandwich
 from blip3o_kernels.dispatch import triton_chosen
 from blip3o_kernels.launch import (
+    ROW_OPTIONS,
     RowConfig,
     SumConfig,
     as_rows,
@@ -123,7 +124,7 @@ def launch_forward(
         _forward_kernel[(B * blocks,)](
             branch, stream, post_weight.contiguous(), gate, next_pre_weight.contiguous(), scale,
             new_residual, next_input, *branch.stride()[:2], *stream.stride()[:2], gate.stride(0), scale.stride(0),
-            N, blocks, eps, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, num_stages=1,
+            N, blocks, eps, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return new_residual, next_input
 
@@ -153,7 +154,7 @@ def launch_backward(
             d_stream, upstream, branch, new_residual, post_weight, gate, pre_weight, scale,
             d_branch, d_residual, post, pre, *d_stream.stride()[:2], *upstream.stride()[:2], *branch.stride()[:2],
             gate.stride(0), scale.stride(0), N, splits, tiles, eps,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, num_stages=1,
+            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     d_post_weight, d_gate = gain_gradients(post, post_weight, gate, gate=True)
     d_pre_weight, d_scale = gain_gradients(pre, pre_weight, scale, gate=False)

@@ -15,7 +15,16 @@ from blip3o_kernels import reference
 from blip3o_kernels.autograd import differentiable, differentiable_once
 from blip3o_kernels.checks import check_swiglu
 from blip3o_kernels.dispatch import triton_chosen
-from blip3o_kernels.launch import TileConfig, as_rows, cdiv, choose, shape_class, tile_candidates, tile_config
+from blip3o_kernels.launch import (
+    ROW_OPTIONS,
+    TileConfig,
+    as_rows,
+    cdiv,
+    choose,
+    shape_class,
+    tile_candidates,
+    tile_config,
+)
 from blip3o_kernels.numeric import rounded
 from torch import Tensor
 
@@ -69,7 +78,7 @@ def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
     with torch.cuda.device_of(gate):
         _forward_kernel[(B * blocks[0] * blocks[1],)](
             gate, up, y, *gate.stride()[:2], *up.stride()[:2], N, D, *blocks,
-            config.rows, config.columns, num_warps=config.num_warps, num_stages=1,
+            config.rows, config.columns, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return y
 
@@ -85,7 +94,7 @@ def launch_backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     with torch.cuda.device_of(gate):
         _backward_kernel[(B * blocks[0] * blocks[1],)](
             dy, gate, up, d_both, *dy.stride()[:2], *gate.stride()[:2], *up.stride()[:2], N, D, *blocks,
-            config.rows, config.columns, num_warps=config.num_warps, num_stages=1,
+            config.rows, config.columns, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return d_both
 
