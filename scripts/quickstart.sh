@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained and evaluated model: scripts/quickstart.sh [FOLDER, default ./demo_run].
 # Installs into ./.venv, makes the demo set, trains on two processes (or on the GPUs found), evaluates, prints a table.
-# About 7 minutes on 2 CPU cores. Run again, it keeps what is done and trains once more.
+# About 6 minutes on 2 CPU cores. Run again, it keeps what is done and trains once more.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 folder=$(realpath -m "${1:-$project/demo_run}")
