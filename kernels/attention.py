@@ -17,7 +17,7 @@ from blip3o_kernels.attention_config import AttentionConfig, attention_config
 from blip3o_kernels.autograd import differentiable, differentiable_once
 from blip3o_kernels.checks import check_gqa_attention
 from blip3o_kernels.dispatch import triton_chosen
-from blip3o_kernels.launch import FUSED, arch_of, cdiv, choose, next_power_of_2, shape_class
+from blip3o_kernels.launch import FP_FUSION, arch_of, cdiv, choose, next_power_of_2, shape_class
 from blip3o_kernels.numeric import INTERPRETED, rounded
 from torch import Tensor
 
@@ -414,7 +414,7 @@ def _constants(q: Tensor, k: Tensor, config: AttentionConfig) -> dict[str, Any]:
         "PRECISION": "tf32x3",  # of fp32 alone: three products in tf32, nearly as exact as one in fp32
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **FUSED,
+        **FP_FUSION,
     }
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 TUNED_PATH = Path(__file__).with_name("tuned.json")
 MAX_CHANNELS = 8192  # a row kernel holds a whole row in registers
-FUSED = {"enable_fp_fusion": True}  # multiply and add as one instruction; the default changes with Triton's version
-ROW_OPTIONS = {"num_stages": 1, **FUSED}  # of the row kernels, whose loads feed no dot to overlap with
+FP_FUSION = {"enable_fp_fusion": True}  # multiply and add as one instruction; the default changes with Triton's version
+ROW_OPTIONS = {"num_stages": 1, **FP_FUSION}  # of the row kernels, whose loads feed no dot to overlap with
 
 _assumed_arch = 80
 _forced: dict[str, Any] = {}  # operation -> configuration

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _READ_THREADS = min(4, os.cpu_count() or 1)  # reading releases the interpreter lock; four saturate a memory channel
 _READAHEAD_BYTES = 512 << 20  # of this rank's coming samples that the system is asked to have in memory
 _READAHEAD_STEPS = 64  # at most, where samples are small
-_SURE_AFTER = 4  # steps in a row found in memory already: then the next will be too, and looking costs readers time,
+_SURE_AFTER = 4  # steps in a row found in memory: then the next probably are too, and looking costs readers time,
 _LOOK_EVERY = 8  # so only one step of so many is looked at, until one is not there
 
 

@@ -33,31 +33,55 @@ from blip3o_ds.files import atomic_write
 logger = logging.getLogger(__name__)
 
 _SHARD_NAME = re.compile(r"shard_(\d{5,})\.tar")
+_LOCK_NAME = ".writer.lock"
 _LEFTOVER_NAME = re.compile(r"\.(shard_\d{5,}\.tar(\.idx)?|manifest\.json)\.\d+\.tmp")
+
+
+class BusyFolder(DataError):
+    """Another writer is at a dataset's folder."""
 
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes of this project from writing into a dataset's folder at the same time.
+    """Keep other writers of this project out of a dataset's folder; raises BusyFolder where one is in it.
 
-    The lock is the folder's own and ends with the process. Raises DataError where another holds it; on a file system
-    without locks nobody is kept out.
+    The lock is on a file in the folder, so that a network file system can tell its other hosts; it ends with the
+    process and the file is of no account after that. Where there are no locks, or no folder, nobody is kept out.
     """
+    path = folder / _LOCK_NAME
+    descriptor = _lock(path)
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # nobody writes there, and whoever reads there first says so
-        yield
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another process is writing into it; wait for its end, or end it") from None
-        except OSError as error:
-            logger.debug("%s: cannot be locked: %s", folder, error)
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked process has a copy
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of the locked file, made if need be; None where that cannot be."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:  # the caller comes to it, and says what it means
+            logger.debug("%s: no lock: %s", path, error)
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BusyFolder(f"{path.parent}: another writer is at it; wait for its end, or end it") from None
+        except OSError as error:
+            logger.debug("%s: no lock: %s", path, error)
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return None
+        os.close(descriptor)  # the writer before removed the file between the two calls; lock the new one
 
 
 class DatasetWriter:
@@ -75,9 +99,7 @@ class DatasetWriter:
         samples_per_shard: int = 512,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        if _is_started(Path(dst)):
-            raise DataError(f"{dst} already holds shards; resume it, remove it, or choose another folder")
-        self._begin(Path(dst), spec, samples_per_shard, extra)
+        self._begin(Path(dst), spec, samples_per_shard, extra, resume=False)
 
     @classmethod
     def resume(
@@ -92,9 +114,7 @@ class DatasetWriter:
         Raises DataError when what is there has another spec, or a shard in the middle is missing or damaged.
         """
         writer = cls.__new__(cls)
-        writer._begin(Path(dst), spec, samples_per_shard, extra)
-        for path in _complete_shards(writer._dst):
-            writer._adopt(path)
+        writer._begin(Path(dst), spec, samples_per_shard, extra, resume=True)
         return writer
 
     def write(self, key: str, eva: Tensor, clip: Tensor, meta: dict[str, Any]) -> None:
@@ -149,7 +169,9 @@ class DatasetWriter:
             finally:
                 self._abort()
 
-    def _begin(self, dst: Path, spec: DatasetSpec, samples_per_shard: int, extra: dict[str, Any] | None) -> None:
+    def _begin(
+        self, dst: Path, spec: DatasetSpec, samples_per_shard: int, extra: dict[str, Any] | None, *, resume: bool
+    ) -> None:
         if samples_per_shard < 1:
             raise DataError(f"samples_per_shard must be at least 1, found {samples_per_shard}")
         self.spec = spec
@@ -163,13 +185,18 @@ class DatasetWriter:
         self._distortions = {"eva": Distortion(), "clip": Distortion()}
         self._shard: ShardWriter | None = None
         self._failure: DataError | None = None
-        try:
-            dst.mkdir(parents=True, exist_ok=True)
-            self._lock = contextlib.ExitStack()
-            self._lock.enter_context(sole_writer(dst))
-            _remove_leftovers(dst)
-        except OSError as error:
-            raise _write_failed(dst, error) from error
+        with contextlib.ExitStack() as lock:
+            try:
+                dst.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(sole_writer(dst))
+                if not resume and _is_started(dst):
+                    raise DataError(f"{dst} already holds shards; resume it, remove it, or choose another folder")
+                _remove_leftovers(dst)
+                for path in _complete_shards(dst):
+                    self._adopt(path)
+            except OSError as error:
+                raise _write_failed(dst, error) from error
+            self._lock = lock.pop_all()  # kept from here to the end of the `with` block
 
     def _adopt(self, path: Path) -> None:
         index = ShardIndex.load(index_path(path))

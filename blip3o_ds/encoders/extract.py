@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.data.schema import DatasetSpec, StorageDType, TokenLayout
-from blip3o_ds.data.shards import DatasetWriter
+from blip3o_ds.data.writer import BusyFolder, DatasetWriter
 from blip3o_ds.encoders.encoder import EncoderSpec, PatchEncoder
 from blip3o_ds.encoders.images import ImagePart, ImageRecord, image_parts
 from blip3o_ds.encoders.parts import BROKEN_NAME, Extraction
@@ -111,6 +111,9 @@ def _encode_parts(
         try:
             done = encode(parts[number], job.part_folder(number))
             counts = {"samples": done["written"] + done["skipped_existing"], "broken": done["broken"]}
+        except BusyFolder:
+            logger.warning("part %s: another process is at it, and is left to finish it", parts[number].name)
+            continue
         except NothingUsable:
             counts = {"samples": 0}
         except DataError as error:

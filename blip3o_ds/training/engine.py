@@ -50,17 +50,14 @@ def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         if not cuda:
-            torch.distributed.barrier()  # all ranks have mapped all shared memory
+            _unlink_shared_memory()
     except torch.distributed.DistError as error:
         where = ", ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         raise TrainingError(
             f"the ranks did not find each other ({where}): {error}. Look at the other hosts' output for the one that "
             "failed first, and whether they reach MASTER_ADDR"
         ) from None
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if not cuda:
-        _unlink_shared_memory(rank)
-    return rank, world_size, device
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
 def resolve_deepspeed_config(
@@ -269,13 +266,16 @@ def _precision_settings(precision: str, stage: int) -> dict[str, Any]:
     }
 
 
-def _unlink_shared_memory(rank: int) -> None:
-    """Take the name off the memory of DeepSpeed's all-reduce on CPU, so that it goes with the processes.
+def _unlink_shared_memory() -> None:
+    """Take the name off this rank's memory for DeepSpeed's all-reduce on CPU, so that it goes with the processes.
 
     DeepSpeed never does; each rank of each run, however it ended, would leave 66 MiB of memory taken.
     """
-    where = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{where}").unlink(missing_ok=True)
+    where = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    try:
+        torch.distributed.barrier()  # until all ranks have mapped it
+    finally:
+        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}").unlink(missing_ok=True)
 
 
 def _read_json(path: str) -> dict[str, Any]:

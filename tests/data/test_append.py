@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,27 +137,70 @@ def test_an_append_that_was_killed_can_be_repeated(tmp_path):
 
 def test_while_one_process_writes_into_a_folder_no_other_does(tmp_path):
     dst, other = write(tmp_path / "dst", range(3)), write(tmp_path / "b", range(3, 6))
-    before = contents(dst)
-    with sole_writer(dst):
+    hold = "import sys, time; from pathlib import Path; from blip3o_ds.data.writer import sole_writer\n"
+    hold += "with sole_writer(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(dst)], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        before = contents(dst)
         for write_too in (
             lambda: append(dst, [other]),
             lambda: repair(dst),
             lambda: DatasetWriter.resume(dst, SPEC, samples_per_shard=3),
         ):
-            with pytest.raises(DataError, match=rf"{dst}: another process is writing into it"):
+            with pytest.raises(DataError, match=rf"{dst}: another writer is at it"):
                 write_too()
-    assert contents(dst) == before
-    append(dst, [other])
+        assert contents(dst) == before
+        process.kill()
+    assert append(dst, [other])["samples_added"] == 3
+    assert not list(dst.glob(".*"))
 
 
 def test_a_writer_lets_go_of_the_folder_however_it_ends(tmp_path):
-    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "dst", SPEC):
+    dst = tmp_path / "dst"
+    interrupted = DatasetWriter(dst, SPEC)
+    with pytest.raises(KeyboardInterrupt), interrupted:
         raise KeyboardInterrupt
-    with pytest.raises(DataError, match="no sample was written"), DatasetWriter(tmp_path / "dst", SPEC):
+    empty = DatasetWriter(dst, SPEC)
+    with pytest.raises(DataError, match="no sample was written"), empty:
         pass
-    killed = DatasetWriter(tmp_path / "dst", SPEC)
-    del killed
-    write(tmp_path / "dst", range(3))
+    finished = DatasetWriter(dst, SPEC)
+    with finished:
+        finished.write("a", torch.zeros(4, 8), torch.zeros(4, 4), {})
+    with pytest.raises(DataError, match="another specification") as refused:
+        DatasetWriter.resume(dst, replace(SPEC, dtype="bf16"))
+    with pytest.raises(DataError, match="already holds shards") as refused_too:
+        DatasetWriter(dst, SPEC)
+    with sole_writer(dst):
+        assert refused.tb is not None  # and in it the writer is still in memory
+        assert refused_too.tb is not None
+
+
+def test_a_forked_process_does_not_keep_the_folder(tmp_path):
+    with sole_writer(tmp_path):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with sole_writer(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_lock_on_a_file_that_is_gone_is_taken_again(tmp_path, monkeypatch):
+    path, flock = tmp_path / ".writer.lock", fcntl.flock
+    removed = []
+
+    def lock(descriptor, kind):
+        flock(descriptor, kind)
+        if not removed:
+            removed.append(path.unlink())
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with sole_writer(tmp_path):
+        assert path.exists()
+    assert removed
 
 
 def test_where_a_file_system_has_no_locks_writing_goes_on(tmp_path, monkeypatch):
@@ -163,3 +209,4 @@ def test_where_a_file_system_has_no_locks_writing_goes_on(tmp_path, monkeypatch)
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert len(EmbeddingDataset(write(tmp_path / "dst", range(3)))) == 3
+    assert not list((tmp_path / "dst").glob(".*"))

@@ -125,6 +125,31 @@ def test_where_samples_are_in_memory_only_some_steps_are_looked_at(dataset_dir, 
     assert once == [0, 1, 2, 3, 8, 16, 24, 25, 26, 27, 28, 32, 40]
 
 
+class Later(Inline):
+    """Runs nothing until it is told to."""
+
+    def __init__(self, *_, **__):
+        self.jobs = []
+
+    def submit(self, function, *arguments):
+        self.jobs.append((function, arguments))
+
+
+def test_what_was_to_be_looked_at_is_dropped_when_the_steps_before_were_in_memory(dataset_dir, monkeypatch):
+    monkeypatch.setattr(ring_module, "ThreadPoolExecutor", Later)
+    dataset = EmbeddingDataset(dataset_dir(200))
+    looked = []
+    monkeypatch.setattr(dataset, "will_need", lambda *place: bool(looked.append(place)))
+    ring = open_ring(dataset)
+    ring.get()
+    jobs = ring._adviser.jobs
+    assert len(jobs) > 16  # a start asks for as many steps as are read ahead
+    for function, arguments in jobs[:17]:
+        function(*arguments)
+    ring.close()
+    assert len(looked) == 4 * len([0, 1, 2, 3, 8, 16])
+
+
 class RecordedUploader(_Uploader):
     """Notes what would be copied to a GPU, and when it is used."""
 

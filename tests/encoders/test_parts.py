@@ -18,6 +18,7 @@ import blip3o_ds.encoders.extract as extract_module
 from blip3o_ds.data.schema import Manifest
 from blip3o_ds.data.shards import EmbeddingDataset
 from blip3o_ds.data.verify import verify
+from blip3o_ds.data.writer import sole_writer
 from blip3o_ds.encoders.extract import extract
 from blip3o_ds.encoders.registry import ENCODERS
 from blip3o_ds.errors import DataError
@@ -93,6 +94,19 @@ def test_a_restart_on_another_number_of_processes_does_what_is_missing_alone(tar
     assert (first["written"], first["parts_left"]) == (10, 3)
     assert (second["written"], second["parts_left"], second["samples"]) == (15, 0, 25)
     assert (third["written"], third["samples"]) == (0, 25)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_a_part_that_another_process_is_at_is_left_to_it(tars, tmp_path):
+    extract(tars, tmp_path / "whole", **OPTIONS)
+    part = tmp_path / "set" / ".parts" / "part_0000001"
+    part.mkdir(parents=True)
+    with sole_writer(part):
+        first = extract(tars, tmp_path / "set", **OPTIONS)
+    second = extract(tars, tmp_path / "set", **OPTIONS)
+
+    assert (first["written"], first["parts_left"]) == (20, 1)
+    assert (second["written"], second["parts_left"]) == (5, 0)
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
