@@ -54,7 +54,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what counts is the lock; a file that stays is locked again
+                path.unlink()
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked process has a copy
             os.close(descriptor)
 
