@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -21,6 +22,7 @@ from blip3o_ds.data.schema import DatasetSpec, StorageDType
 from blip3o_ds.errors import DataError
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
+_PIECE_BYTES = 1 << 19  # half of the L2 cache of the cores of today
 _LARGEST_SCALE = torch.finfo(torch.bfloat16).max / FP8_MAX
 
 _TORCH_DTYPES: dict[StorageDType, torch.dtype] = {
@@ -55,6 +57,46 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Piece(NamedTuple):
+    """A stretch of a tensor: its bytes, and the same bits as signed and as unsigned integers."""
+
+    bytes: np.ndarray
+    signed: np.ndarray
+    unsigned: np.ndarray
+    infinity: int  # as a signed integer
+    negative_infinity: int  # as an unsigned one
+
+    @classmethod
+    def of(cls, content: np.ndarray, dtype: torch.dtype) -> Piece:
+        signed, unsigned, *infinities = _INFINITY_BITS[dtype]
+        return cls(content, content.view(signed), content.view(unsigned), *infinities)
+
+    def has_nonfinite(self) -> bool:
+        largest = np.maximum.reduce  # without the Python wrapper that `max` goes through
+        return bool(largest(self.signed) >= self.infinity or largest(self.unsigned) >= self.negative_infinity)
+
+
+class SampleMemory(dict[str, Tensor]):
+    """The contiguous CPU tensors that a sample is read into, by name, and their `pieces`.
+
+    A piece that was just read is checked while it is in the core's own cache. Made once for memory that is filled
+    again and again: to make the views takes longer than to read a small sample.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.pieces = {name: _pieces(tensor) for name, tensor in tensors.items()}
+
+
+def _pieces(tensor: Tensor) -> list[Piece]:
+    content = _bytes(tensor)
+    return [Piece.of(content[i : i + _PIECE_BYTES], tensor.dtype) for i in range(0, len(content), _PIECE_BYTES)]
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.view(torch.uint8).numpy().reshape(-1)
 
 
 def stored_tensors(spec: DatasetSpec) -> list[StoredTensor]:
@@ -92,11 +134,15 @@ def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
     return stored if scale is None else dequantize_fp8(stored, scale)
 
 
-def check_finite(stored: Tensor, scale: Tensor | None, name: str, where: str) -> None:
-    """Raise DataError naming the sample (`where`) and the tensor (`name`) if `decode` would give NaN or infinity."""
+def check_finite(stored: Tensor, name: str, where: str) -> None:
+    """Raise DataError naming the sample (`where`) and the tensor (`name`) if it holds NaN or infinity."""
     if has_nonfinite(stored):
         raise DataError(f"{where}: {name} holds NaN or infinity; `blip3o-ds data verify` checks the rest")
-    if scale is not None and not bool((scale.abs() <= _LARGEST_SCALE).all()):
+
+
+def check_scale(scale: Tensor, name: str, where: str) -> None:
+    """Raise DataError if `decode` would give NaN or infinity by this scale of fp8-e4m3."""
+    if not bool((scale.abs() <= _LARGEST_SCALE).all()):
         raise DataError(
             f"{where}: {name}_scale holds NaN or a value beyond {_LARGEST_SCALE:.3g}, which makes {name} infinite; "
             "`blip3o-ds data verify` checks the rest"
@@ -140,10 +186,7 @@ def has_nonfinite(values: Tensor) -> bool:
         return False
     if values.dtype not in _INFINITY_BITS:
         return not bool(torch.isfinite(values).all())
-    signed, unsigned, infinity, negative_infinity = _INFINITY_BITS[values.dtype]
-    bits = values.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
-    largest = np.maximum.reduce  # without the Python wrapper that `max` goes through
-    return bool(largest(bits.view(signed)) >= infinity or largest(bits.view(unsigned)) >= negative_infinity)
+    return Piece.of(_bytes(values.detach().contiguous()), values.dtype).has_nonfinite()
 
 
 def _checked_offset(entry: Any, tensor: StoredTensor, where: str) -> int:

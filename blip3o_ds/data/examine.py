@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blip3o_ds.data.codec import check_finite, decode, parse_header, stored_tensors
+from blip3o_ds.data.codec import check_finite, check_scale, decode, parse_header, stored_tensors
 from blip3o_ds.data.index import MEMBERS, ShardIndex, index_path
 from blip3o_ds.data.moments import ChannelMoments
 from blip3o_ds.data.schema import ChannelStats, DatasetSpec, Manifest, ShardInfo
@@ -144,7 +144,9 @@ def read_sample(member: Member, spec: DatasetSpec, where: str) -> tuple[dict[str
     except safetensors.SafetensorError as error:
         raise DataError(f"{where}: its .safetensors is damaged ({error})") from error
     for side in SIDES:
-        check_finite(tensors[side], tensors.get(f"{side}_scale"), side, where)
+        check_finite(tensors[side], side, where)
+        if (scale := tensors.get(f"{side}_scale")) is not None:
+            check_scale(scale, side, where)
     try:
         return tensors, json.loads(member.meta)
     except (ValueError, RecursionError) as error:

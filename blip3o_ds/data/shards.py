@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.data.cache import CacheFull
-from blip3o_ds.data.codec import StoredTensor, check_finite, decode, parse_header, read_dtype, stored_tensors
+from blip3o_ds.data.codec import (
+    SampleMemory,
+    StoredTensor,
+    check_finite,
+    check_scale,
+    decode,
+    parse_header,
+    read_dtype,
+    stored_tensors,
+)
 from blip3o_ds.data.faults import SLOW_READ_SECONDS, FaultLog
 from blip3o_ds.data.index import ShardIndex, check_tar_size, index_path
 from blip3o_ds.data.schema import MANIFEST_NAME, DatasetSpec, ShardInfo, TokenLayout
@@ -54,8 +63,8 @@ class Sample:
 class ShardReader:
     """Reads samples of one shard through its index. Safe to use from several threads.
 
-    A sample comes by one `preadv` straight into the caller's tensors. That is as fast as a copy out of a memory map
-    from the page cache, one large request instead of a fault for every few pages where the file is far away, and a
+    A sample comes by `preadv` straight into the caller's tensors. That is about as fast as a copy out of a memory map
+    from the page cache, a few large requests instead of a fault for every few pages where the file is far away, and a
     DataError instead of the end of the process where the file was cut short under it.
     """
 
@@ -89,22 +98,27 @@ class ShardReader:
         [N - skip_tokens, eva_dim], `clip` [N - skip_tokens, clip_dim], and the scales [N - skip_tokens] of fp8-e4m3.
         Raises DataError naming shard and key for a damaged header, a value that is not finite, or a read that fails.
         """
-        where = f"{self.path}: sample {self.keys[i]}"
+        memory = out if isinstance(out, SampleMemory) else SampleMemory(out)
         start = int(self.index.members["tensors_offset"][i])
         for name, offset in self._relative.items():
             if self.index.tensors[name][i] != start + offset:
-                raise DataError(f"{where}: the index gives another offset for {name} than the sample's header")
+                raise DataError(f"{self._where(i)}: the index gives another offset for {name} than the sample's header")
         header = bytearray(len(self._header))
         pieces: list[Any] = [header]
         for tensor in self._in_file_order:
             if skip_tokens:
                 pieces.append(bytearray(skip_tokens * (tensor.num_bytes // tensor.shape[0])))
-            pieces.append(out[tensor.name].view(torch.uint8).numpy())
-        self._read_at(start, pieces, where)
-        if header != self._header:
-            self._refuse_header(i, where)
+            for piece in memory.pieces[tensor.name]:
+                pieces.append(piece.bytes)
+                start = self._read_at(start, pieces, i)
+                pieces = []
+                if header != self._header:
+                    self._refuse_header(i)
+                if piece.has_nonfinite():
+                    check_finite(memory[tensor.name], tensor.name, self._where(i))
         for side in ("eva", "clip"):
-            check_finite(out[side], out.get(f"{side}_scale"), side, where)
+            if (scale := memory.get(f"{side}_scale")) is not None:
+                check_scale(scale, side, self._where(i))
         return self.keys[i]
 
     def will_need(self, i: int) -> bool:
@@ -118,20 +132,22 @@ class ShardReader:
 
     def meta(self, i: int) -> dict[str, Any]:
         """What came with sample `i`: its caption and whatever else the source had."""
-        where = f"{self.path}: sample {self.keys[i]}"
         content = bytearray(int(self.index.members["meta_size"][i]))
-        self._read_at(int(self.index.members["meta_offset"][i]), [content], where)
+        self._read_at(int(self.index.members["meta_offset"][i]), [content], i)
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: its .json is damaged ({error})") from error
+            raise DataError(f"{self._where(i)}: its .json is damaged ({error})") from error
+
+    def _where(self, i: int) -> str:
+        return f"{self.path}: sample {self.keys[i]}"
 
     def _common_header(self) -> tuple[bytearray, dict[str, int], list[StoredTensor]]:
         """The header of the first sample that has a sound one; the others need one comparison of bytes with it."""
         errors = []
         for i in range(len(self)):
             try:
-                content, where = self._read_header(i), f"{self.path}: sample {self.keys[i]}"
+                content, where = self._read_header(i), self._where(i)
                 length, relative = parse_header(content, self.spec, where)
                 return content[:length], relative, _in_file_order(self.spec, length, relative, where)
             except DataError as error:
@@ -141,27 +157,30 @@ class ShardReader:
     def _read_header(self, i: int) -> bytearray:
         """The start of a sample's file, which holds at least its header."""
         content = bytearray(min(int(self.index.members["tensors_size"][i]), _MAX_HEADER_BYTES))
-        self._read_at(int(self.index.members["tensors_offset"][i]), [content], f"{self.path}: sample {self.keys[i]}")
+        self._read_at(int(self.index.members["tensors_offset"][i]), [content], i)
         return content
 
-    def _read_at(self, offset: int, pieces: list[Any], where: str) -> None:
-        """Fill the buffers one after another with the file's bytes from `offset`."""
-        views = [view for piece in pieces if (view := memoryview(piece).cast("B")).nbytes]
-        while views:
+    def _read_at(self, offset: int, pieces: list[Any], i: int) -> int:
+        """Fill arrays of bytes one after another with the file's from `offset`, for sample `i`; returns their end."""
+        end = offset + sum(map(len, pieces))
+        while True:
             try:
-                count = os.preadv(self._file.fileno(), views, offset)
+                count = os.preadv(self._file.fileno(), pieces, offset)
             except OSError as error:
-                raise DataError(f"{where}: reading failed: {error.strerror}; see to the file system") from error
+                raise DataError(
+                    f"{self._where(i)}: reading failed: {error.strerror}; see to the file system"
+                ) from error
+            offset += count
+            if offset == end:
+                return end
             if count == 0:
                 raise DataError(
-                    f"{where}: the file ends before the sample does (nothing at byte {offset}): it was cut short while "
-                    "it was read; copy it again"
+                    f"{self._where(i)}: the file ends before the sample does (nothing at byte {offset}): it was cut "
+                    "short while it was read; copy it again"
                 )
-            offset += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
+            while count >= len(pieces[0]):
+                count -= len(pieces.pop(0))
+            pieces[0] = memoryview(pieces[0])[count:]
 
     def _is_cached(self, offset: int) -> bool:
         try:
@@ -169,9 +188,9 @@ class ShardReader:
         except OSError:  # it would have to wait, or this file system cannot tell
             return False
 
-    def _refuse_header(self, i: int, where: str) -> NoReturn:
-        parse_header(self._read_header(i), self.spec, where)  # says what differs, if it can
-        raise DataError(f"{where}: its safetensors header is not that of the shard's other samples")
+    def _refuse_header(self, i: int) -> NoReturn:
+        parse_header(self._read_header(i), self.spec, self._where(i))  # says what differs, if it can
+        raise DataError(f"{self._where(i)}: its safetensors header is not that of the shard's other samples")
 
 
 @dataclass(frozen=True, eq=False)

@@ -357,7 +357,7 @@ def test_any_flipped_byte_of_an_index_is_noticed(dataset_dir):
 def test_a_read_that_comes_in_pieces_is_put_together(dataset_dir, samples, monkeypatch):
     reader = ShardReader(dataset_dir(4) / "shard_00000.tar")
     whole = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: whole(fd, [views[0][:7]], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: whole(fd, [memoryview(views[0])[:7]], offset))
     sample = reader.read(2)
     assert torch.equal(sample.eva, samples(4)[2][1].bfloat16())
     assert torch.equal(sample.clip, samples(4)[2][2].bfloat16())
