@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 import webdataset
 
+import blip3o_ds.data.codec as codec_module
 import blip3o_ds.data.shards as shards_module
 import blip3o_ds.data.writer as writer_module
 from blip3o_ds.data.schema import Manifest
@@ -361,6 +362,20 @@ def test_a_read_that_comes_in_pieces_is_put_together(dataset_dir, samples, monke
     sample = reader.read(2)
     assert torch.equal(sample.eva, samples(4)[2][1].bfloat16())
     assert torch.equal(sample.clip, samples(4)[2][2].bfloat16())
+
+
+@pytest.mark.parametrize("name", ["eva", "clip"])
+def test_a_large_tensor_is_read_and_checked_piece_by_piece(dataset_dir, samples, monkeypatch, name):
+    monkeypatch.setattr(codec_module, "_PIECE_BYTES", 16)
+    path = dataset_dir(4) / "shard_00000.tar"
+    sample = ShardReader(path).read(2)
+    assert torch.equal(sample.eva, samples(4)[2][1].bfloat16())
+    assert torch.equal(sample.clip, samples(4)[2][2].bfloat16())
+    with open(path, "r+b") as file:  # the last value, which lies in the last piece
+        file.seek(int(ShardReader(path).index.tensors[name][2]) + getattr(sample, name).nbytes - 2)
+        file.write(b"\x80\xff")
+    with pytest.raises(DataError, match=rf"shard_00000\.tar: sample image002: {name} holds NaN or infinity"):
+        ShardReader(path).read(2)
 
 
 def test_a_read_that_the_system_refuses_names_the_sample(dataset_dir, monkeypatch):
