@@ -375,7 +375,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.convert import convert, is_dataset
+    from blip3o_ds.data.tools.convert import convert, is_dataset
 
     result = convert(
         args.src,
@@ -428,19 +428,19 @@ def run_demo(args: argparse.Namespace) -> dict:
 
 
 def run_append(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.append import append
+    from blip3o_ds.data.tools.append import append
 
     return _show(append(args.dir, args.src))
 
 
 def run_split(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.split import split
+    from blip3o_ds.data.tools.split import split
 
     return _show(split(args.dir, args.dst, args.fraction))
 
 
 def run_verify(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.verify import verify
+    from blip3o_ds.data.tools.verify import verify
 
     report = verify(args.dir, args.workers)
     for problem in report.problems:
@@ -451,13 +451,13 @@ def run_verify(args: argparse.Namespace) -> dict:
 
 
 def run_repair(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.repair import repair
+    from blip3o_ds.data.tools.repair import repair
 
     return _show(asdict(repair(args.dir, args.workers)))
 
 
 def run_bench(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.bench import bench, format_bench
+    from blip3o_ds.data.tools.bench import bench, format_bench
 
     result = bench(args.dir)
     print(format_bench(result))
@@ -465,13 +465,13 @@ def run_bench(args: argparse.Namespace) -> dict:
 
 
 def run_stats(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.verify import stats
+    from blip3o_ds.data.tools.verify import stats
 
     return _show(stats(args.dir))
 
 
 def run_inspect(args: argparse.Namespace) -> dict:
-    from blip3o_ds.data.verify import inspect
+    from blip3o_ds.data.tools.verify import inspect
 
     return _show(inspect(args.dir, args.key))
 

@@ -23,8 +23,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before their import
 
-from blip3o_kernels.benchmarks.check import check
-from blip3o_kernels.benchmarks.workloads import DTYPES, PRESETS, SWEEP_TOKENS, WORKLOADS, model_cases, sweep_cases
+from benchmarks.check import check
+from benchmarks.workloads import DTYPES, PRESETS, SWEEP_TOKENS, WORKLOADS, model_cases, sweep_cases
 
 RESULTS = Path(__file__).resolve().parent.parent / "kernels" / "benchmarks" / "results"
 TRAIN_STEP = "train_step"
@@ -60,12 +60,12 @@ def run_check(options: argparse.Namespace, device: str) -> int:
 
 
 def run_benchmark(options: argparse.Namespace) -> int:
-    from blip3o_kernels.benchmarks import report
-    from blip3o_kernels.benchmarks.goals import goal_table, goals
-    from blip3o_kernels.benchmarks.machine import describe
-    from blip3o_kernels.benchmarks.measure import CudaTimer, measure_rates
-    from blip3o_kernels.benchmarks.runner import run_cases
-    from blip3o_kernels.benchmarks.warm import calls_of, run_in_processes
+    from benchmarks import report
+    from benchmarks.goals import goal_table, goals
+    from benchmarks.machine import describe
+    from benchmarks.measure import CudaTimer, measure_rates
+    from benchmarks.runner import run_cases
+    from benchmarks.warm import calls_of, run_in_processes
 
     deadline = time.monotonic() + options.budget
     machine = describe([sys.executable, *sys.argv], options.commit)

@@ -80,7 +80,7 @@ install_torch() {
 
 prepare_environment() {
     local extras=$1 stamp
-    stamp=$(cat "$project/setup.py" "$project/constraints.txt" <(echo "$extras") | sha256sum | cut -d' ' -f1)
+    stamp=$(cat "$project/pyproject.toml" "$project/constraints.txt" <(echo "$extras") | sha256sum | cut -d' ' -f1)
     if [ "$(cat "$project/.venv/installed-$extras" 2>/dev/null)" != "$stamp" ]; then
         install_system_packages
         say "installing into $project/.venv (a minute or two)"

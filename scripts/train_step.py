@@ -7,15 +7,15 @@ kernels and plain PyTorch differ in `use_kernels` alone.
 from __future__ import annotations
 
 import torch
-from blip3o_kernels import use_kernels
-from blip3o_kernels.benchmarks.measure import Rates, Task, Timer, alternate, peak_memory
-from blip3o_kernels.benchmarks.providers import OURS
-from blip3o_kernels.benchmarks.runner import Step
 
+from benchmarks.measure import Rates, Task, Timer, alternate, peak_memory
+from benchmarks.providers import OURS
+from benchmarks.runner import Step
 from blip3o_ds.config import FlowConfig, ModelConfig, get_blip3o_clip_config
 from blip3o_ds.flow.objective import FlowObjective
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.planning.flops import train_flops_per_sample
+from blip3o_kernels import use_kernels
 
 BATCHES = {"base": 64, "large": 32}  # small enough that four processes compile at once on 80 GB
 MODES = {OURS: "triton", "pytorch": "torch"}  # provider -> mode of the kernels

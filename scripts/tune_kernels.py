@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from blip3o_kernels.benchmarks.tuning import TUNABLE, compile_calls, searches, tune
-from blip3o_kernels.benchmarks.warm import run_in_processes
-from blip3o_kernels.benchmarks.workloads import DTYPES, PRESETS
+
+from benchmarks.tuning import TUNABLE, compile_calls, searches, tune
+from benchmarks.warm import run_in_processes
+from benchmarks.workloads import DTYPES, PRESETS
 from blip3o_kernels.launch import TUNED_PATH, gpu_name, record
 
 
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     if reason:
         print(f"tune_kernels.py: {reason}", file=sys.stderr)
         return 1
-    from blip3o_kernels.benchmarks.measure import CudaTimer
+    from benchmarks.measure import CudaTimer
 
     deadline = time.monotonic() + options.budget
     gpu = gpu_name(torch.cuda.current_device())

@@ -29,8 +29,8 @@ def write_embeddings(
     folder: Path, num_samples: int, *, grid: int = 4, eva_dim: int = 12, clip_dim: int = 8, seed: int = 0
 ):
     """A dataset whose CLIP side is a fixed linear map of EVA plus noise, so that there is something to learn."""
-    from blip3o_ds.data.schema import DatasetSpec
-    from blip3o_ds.data.shards import DatasetWriter
+    from blip3o_ds.data.format.schema import DatasetSpec
+    from blip3o_ds.data.reading.dataset import DatasetWriter
 
     spec = DatasetSpec(grid * grid, "patch_only", eva_dim, clip_dim, "fp32", "made-up-eva", "made-up-clip")
     projection = torch.randn(eva_dim, clip_dim, generator=torch.Generator().manual_seed(99)) / eva_dim**0.5

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_ds.cli import main
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.report import READINGS
 from blip3o_ds.model.dit import DiT
 from tests.conftest import PROJECT, train_command, write_embeddings

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_ds.data.schema import ChannelStats
+from blip3o_ds.data.format.schema import ChannelStats
 from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 from blip3o_ds.files import atomic_write_json
 

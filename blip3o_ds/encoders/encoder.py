@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from blip3o_ds.data.schema import TokenLayout
+from blip3o_ds.data.format.schema import TokenLayout
 from blip3o_ds.errors import EncoderError
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.schema import DatasetSpec, StorageDType, TokenLayout
-from blip3o_ds.data.writer import BusyFolder, DatasetWriter
+from blip3o_ds.data.format.schema import DatasetSpec, StorageDType, TokenLayout
+from blip3o_ds.data.format.writer import BusyFolder, DatasetWriter
 from blip3o_ds.encoders.encoder import EncoderSpec, PatchEncoder
 from blip3o_ds.encoders.images import ImagePart, ImageRecord, image_parts
 from blip3o_ds.encoders.parts import BROKEN_NAME, Extraction

@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blip3o_ds.data.index import index_path
-from blip3o_ds.data.moments import ChannelMoments
-from blip3o_ds.data.schema import MANIFEST_NAME, DatasetSpec, Manifest, ShardInfo
-from blip3o_ds.data.writer import shard_paths
+from blip3o_ds.data.format.index import index_path
+from blip3o_ds.data.format.moments import ChannelMoments
+from blip3o_ds.data.format.schema import MANIFEST_NAME, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.format.writer import shard_paths
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write, atomic_write_json, fsync_dir
 

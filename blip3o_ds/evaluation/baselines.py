@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, DataError
 from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
 from blip3o_ds.files import atomic_write_bytes

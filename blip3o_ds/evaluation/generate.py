@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from blip3o_ds.config import SamplerConfig
+from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.shards import EmbeddingDataset
-from blip3o_ds.data.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.report import evaluation_noise
 from blip3o_ds.evaluation.subset import ProgressLog, read_batches
 from blip3o_ds.files import atomic_folder

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.config import SamplerConfig
-from blip3o_ds.data.loader import Batch
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import Batch
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.evaluation.metrics import METRIC_NAMES, MetricAccumulator

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from blip3o_ds.config import RunConfig, build_run_config
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.files import atomic_folder, atomic_write_json, sha256_file

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from blip3o_ds.data.format.schema import TokenLayout
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.schema import TokenLayout
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.baselines import fit_baselines
 
 RIDGE_SAMPLES = 64  # some 16,000 tokens, four times the channels of EVA-CLIP-8B

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from blip3o_kernels import FlowLoss, flow_matching_loss
 from torch import Tensor
 
 from blip3o_ds.config import FlowConfig
+from blip3o_kernels import FlowLoss, flow_matching_loss
 
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -10,8 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from blip3o_kernels import gqa_attention, qk_norm_rope, rms_norm, sandwich, swiglu
 from torch import Tensor, nn
+
+from blip3o_kernels import gqa_attention, qk_norm_rope, rms_norm, sandwich, swiglu
 
 Rope = tuple[Tensor, Tensor]  # (cos, sin), each [N, D/2]
 

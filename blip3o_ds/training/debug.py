@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from blip3o_kernels import FlowLoss
 from torch import Tensor
 
 from blip3o_ds.training.engine import Engine
+from blip3o_kernels import FlowLoss
 
 NUM_BINS = 10
 

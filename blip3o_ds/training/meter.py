@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from blip3o_kernels import FlowLoss
 
 from blip3o_ds.config import RunConfig
-from blip3o_ds.data.loader import Batch, EmbeddingLoader
+from blip3o_ds.data.reading.loader import Batch, EmbeddingLoader
 from blip3o_ds.planning.flops import device_peak_flops, train_flops_per_sample
 from blip3o_ds.training.engine import StepReport
+from blip3o_kernels import FlowLoss
 
 AVERAGED = ("loss", "velocity_similarity", "prediction_norm", "target_norm", "clip_norm", "eva_norm")
 

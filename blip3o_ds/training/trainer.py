@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from blip3o_ds.config import RunConfig
-from blip3o_ds.data.faults import FaultLog
-from blip3o_ds.data.loader import EmbeddingLoader
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.bad_samples import FaultLog
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.errors import ConfigError, TrainingError
 from blip3o_ds.evaluation.baselines import Baselines, fit_baselines
 from blip3o_ds.evaluation.report import EvalResult, evaluate, format_table

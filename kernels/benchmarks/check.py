@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import blip3o_kernels
 import torch
+from torch import Tensor
+
+import blip3o_kernels
+from benchmarks.providers import gradients
+from benchmarks.workloads import WORKLOADS, Arguments, Case, Outputs
 from blip3o_kernels import reference, use_kernels
 from blip3o_kernels.aot import ModelShape
-from blip3o_kernels.benchmarks.providers import gradients
-from blip3o_kernels.benchmarks.workloads import WORKLOADS, Arguments, Case, Outputs
-from torch import Tensor
 
 SMALL = ModelShape("small", 48, 6, 2, 40, 33, clip_dim=24, batch_size=2)  # odd lengths, sizes that are no powers of two
 PARTS = {name: ("qk_norm_rope", "gqa_attention") for name in ("self_attention", "cross_attention")}  # checked apart

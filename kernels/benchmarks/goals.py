@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from blip3o_kernels.benchmarks.providers import OURS, SDPA
-from blip3o_kernels.benchmarks.runner import Row, Step
-from blip3o_kernels.benchmarks.workloads import ATTENTION
+from benchmarks.providers import OURS, SDPA
+from benchmarks.runner import Row, Step
+from benchmarks.workloads import ATTENTION
 
 STREAMING_GOALS = {"forward": 0.90, "backward": 0.85}  # share of the copy bandwidth, from 64k tokens on
 ATTENTION_GOAL = 1.2  # times the best of SDPA's backends, forward and backward, with QK-norm and positions

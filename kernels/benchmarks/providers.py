@@ -11,13 +11,14 @@ from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import blip3o_kernels
 import torch
 import torch.nn.functional as F
-from blip3o_kernels import reference, use_kernels
-from blip3o_kernels.benchmarks.workloads import ATTENTION, WORKLOADS, Arguments, Outputs, Workload
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import blip3o_kernels
+from benchmarks.workloads import ATTENTION, WORKLOADS, Arguments, Outputs, Workload
+from blip3o_kernels import reference, use_kernels
 
 OURS = "triton"
 SDPA = {

@@ -14,10 +14,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from blip3o_kernels.benchmarks.goals import by_provider, goals
-from blip3o_kernels.benchmarks.measure import Rates
-from blip3o_kernels.benchmarks.providers import OURS
-from blip3o_kernels.benchmarks.runner import PASSES, Results, Row, Step
+from benchmarks.goals import by_provider, goals
+from benchmarks.measure import Rates
+from benchmarks.providers import OURS
+from benchmarks.runner import PASSES, Results, Row, Step
 
 COLOURS = {OURS: "#c0392b", "compile": "#1b6ca8", "pytorch": "#9a9a9a", "flash": "#2e8b57", "cudnn": "#8e5ea2"}
 

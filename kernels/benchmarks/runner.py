@@ -11,9 +11,10 @@ from functools import partial
 from itertools import groupby
 
 import torch
-from blip3o_kernels.benchmarks.measure import Rates, Task, Timer, Timing, alternate, peak_memory
-from blip3o_kernels.benchmarks.providers import OURS, Provider, gradients, providers
-from blip3o_kernels.benchmarks.workloads import Arguments, Case, Outputs
+
+from benchmarks.measure import Rates, Task, Timer, Timing, alternate, peak_memory
+from benchmarks.providers import OURS, Provider, gradients, providers
+from benchmarks.workloads import Arguments, Case, Outputs
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,14 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from blip3o_kernels import attention_config
-from blip3o_kernels.benchmarks.measure import Task, Timer, alternate
-from blip3o_kernels.benchmarks.providers import OURS, gradients, providers
-from blip3o_kernels.benchmarks.warm import Call
-from blip3o_kernels.benchmarks.workloads import DTYPES, Arguments, Case, Outputs, model_shape
-from blip3o_kernels.launch import force_config, shape_class
 from triton.runtime.errors import OutOfResources, PTXASError
+
+from benchmarks.measure import Task, Timer, alternate
+from benchmarks.providers import OURS, gradients, providers
+from benchmarks.warm import Call
+from benchmarks.workloads import DTYPES, Arguments, Case, Outputs, model_shape
+from blip3o_kernels import attention_config
+from blip3o_kernels.launch import force_config, shape_class
 
 logger = logging.getLogger(__name__)
 

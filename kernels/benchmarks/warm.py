@@ -13,9 +13,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
-from blip3o_kernels.benchmarks.providers import providers
-from blip3o_kernels.benchmarks.runner import able
-from blip3o_kernels.benchmarks.workloads import Case
+
+from benchmarks.providers import providers
+from benchmarks.runner import able
+from benchmarks.workloads import Case
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from blip3o_kernels.aot import SHAPES, ModelShape
 from torch import Tensor
+
+from blip3o_kernels.aot import SHAPES, ModelShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRESETS = ("base", "large", "small", "tiny")  # in the order they are timed

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import skimage.io
 
-from blip3o_ds.data.shards import EmbeddingDataset
-from blip3o_ds.data.verify import verify
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.planning.job_script import render_job
 from blip3o_ds.training.launch import first_host
 from tests.cluster.slurm import SlurmCluster

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.schema import DatasetSpec
-from blip3o_ds.data.shards import DatasetWriter
+from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.reading.dataset import DatasetWriter
 
 SPEC = DatasetSpec(
     num_tokens=5,

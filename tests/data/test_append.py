@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.data.append import append
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.repair import repair
-from blip3o_ds.data.schema import DatasetSpec, Manifest
-from blip3o_ds.data.shards import EmbeddingDataset
-from blip3o_ds.data.split import split
-from blip3o_ds.data.verify import verify
-from blip3o_ds.data.writer import DatasetWriter, sole_writer
+from blip3o_ds.data.format.schema import DatasetSpec, Manifest
+from blip3o_ds.data.format.writer import DatasetWriter, sole_writer
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.tools.append import append
+from blip3o_ds.data.tools.repair import repair
+from blip3o_ds.data.tools.split import split
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 
 SPEC = DatasetSpec(4, "patch_only", 8, 4, "fp32", "eva", "clip")
@@ -137,7 +137,7 @@ def test_an_append_that_was_killed_can_be_repeated(tmp_path):
 
 def test_while_one_process_writes_into_a_folder_no_other_does(tmp_path):
     dst, other = write(tmp_path / "dst", range(3)), write(tmp_path / "b", range(3, 6))
-    hold = "import sys, time; from pathlib import Path; from blip3o_ds.data.writer import sole_writer\n"
+    hold = "import sys, time; from pathlib import Path; from blip3o_ds.data.format.writer import sole_writer\n"
     hold += "with sole_writer(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(dst)], stdout=subprocess.PIPE) as process:
         process.stdout.readline()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from blip3o_ds.cli import main
-from blip3o_ds.data import bench as bench_module
-from blip3o_ds.data.bench import bench
+from blip3o_ds.data.tools import bench as bench_module
+from blip3o_ds.data.tools.bench import bench
 from blip3o_ds.errors import DataError
 
 WAYS = {"sequential read", "tarfile", "webdataset", "pickled shards", "loader"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip3o_ds.data.codec import check_scale, decode, encode, has_nonfinite, read_dtype
+from blip3o_ds.data.format.codec import check_scale, decode, encode, has_nonfinite, read_dtype
 from blip3o_ds.errors import DataError
 
 

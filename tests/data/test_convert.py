@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.data import convert as convert_module
-from blip3o_ds.data.convert import convert
-from blip3o_ds.data.loader import Batch
-from blip3o_ds.data.schema import Manifest
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import Batch
+from blip3o_ds.data.tools import convert as convert_module
+from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.subset import read_batches
 

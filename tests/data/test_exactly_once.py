@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip3o_ds.data.loader import EmbeddingLoader
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.schema import DatasetSpec
-from blip3o_ds.data.shards import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.training.trainer import count_steps
 
 WORLD_SIZES = (1, 2, 3, 8)

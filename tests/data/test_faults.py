@@ -20,17 +20,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import blip3o_ds.data.ring as ring_module
-import blip3o_ds.data.shards as shards_module
-from blip3o_ds.data.faults import FaultLog
-from blip3o_ds.data.index import ShardIndex, index_path
-from blip3o_ds.data.loader import EmbeddingLoader
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.repair import repair
-from blip3o_ds.data.schema import Manifest
-from blip3o_ds.data.shards import EmbeddingDataset, ShardReader
-from blip3o_ds.data.verify import verify
-from blip3o_ds.data.writer import ShardWriter
+import blip3o_ds.data.reading.dataset as shards_module
+import blip3o_ds.data.reading.ring as ring_module
+from blip3o_ds.data.format.index import ShardIndex, index_path
+from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.format.writer import ShardWriter
+from blip3o_ds.data.reading.bad_samples import FaultLog
+from blip3o_ds.data.reading.dataset import EmbeddingDataset, ShardReader
+from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.tools.repair import repair
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import sha256_file
 
@@ -425,7 +425,7 @@ def test_fp8_is_written_again_to_the_bit(dataset_dir, spec):
 
 @pytest.mark.parametrize("location", ["https://host/set", "split"])
 def test_repair_refuses_what_has_no_shards_of_its_own(dataset_dir, tmp_path, location):
-    from blip3o_ds.data.split import split
+    from blip3o_ds.data.tools.split import split
 
     split(dataset_dir(10), tmp_path / "parts", 0.5)
     with pytest.raises(DataError, match="repair"):

@@ -1,4 +1,4 @@
-"""A short run of `scripts/fuzz_data.py`, and that it notices what it is there to notice."""
+"""A short run of `tests/data/fuzzer.py`, and that it notices what it is there to notice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import PROJECT
 
 @pytest.fixture(scope="module")
 def fuzz_data():
-    spec = importlib.util.spec_from_file_location("fuzz_data", PROJECT / "scripts" / "fuzz_data.py")
+    spec = importlib.util.spec_from_file_location("fuzz_data", PROJECT / "tests" / "data" / "fuzzer.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

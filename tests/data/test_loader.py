@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blip3o_ds.data import ring
-from blip3o_ds.data.loader import EmbeddingLoader
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.shards import EmbeddingDataset, ShardReader
+from blip3o_ds.data.reading import ring
+from blip3o_ds.data.reading.dataset import EmbeddingDataset, ShardReader
+from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.errors import DataError
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from blip3o_ds.data.format.schema import ChannelStats
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.schema import ChannelStats
 from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 
 RNG = np.random.default_rng(0)

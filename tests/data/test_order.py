@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip3o_ds.data.order import GlobalOrder
+from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.errors import DataError
 
 # GlobalOrder([3, 2, 4], seed=7, window_shards=2)

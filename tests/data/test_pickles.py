@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.data.pickles import load_pickle
+from blip3o_ds.data.tools.pickles import load_pickle
 from blip3o_ds.errors import DataError
 
 

@@ -8,10 +8,10 @@ from itertools import permutations
 import pytest
 import torch
 
-from blip3o_ds.data.codec import decode, encode, read_dtype
-from blip3o_ds.data.convert import convert
-from blip3o_ds.data.shards import DatasetWriter, EmbeddingDataset
-from blip3o_ds.data.verify import verify
+from blip3o_ds.data.format.codec import decode, encode, read_dtype
+from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.tools.convert import convert
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 
 DTYPES = ("fp32", "bf16", "fp16", "fp8-e4m3")

@@ -17,13 +17,13 @@ import fsspec
 import pytest
 import torch
 
-import blip3o_ds.data.remote as remote_module
-from blip3o_ds.data.cache import CacheFull, ShardCache
-from blip3o_ds.data.loader import EmbeddingLoader
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.remote import RemoteFolder
-from blip3o_ds.data.schema import Manifest
-from blip3o_ds.data.shards import EmbeddingDataset
+import blip3o_ds.data.reading.remote as remote_module
+from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.reading.cache import CacheFull, ShardCache
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.reading.remote import RemoteFolder
 from blip3o_ds.errors import DataError
 
 GIB = 1 << 30
@@ -167,7 +167,7 @@ def test_a_file_that_is_not_there_is_asked_for_once(server, tmp_path):
 
 READER = """
 import json, sys
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 url, cache, start = sys.argv[1:]
 dataset = EmbeddingDataset(url, cache_dir=cache)
 order = list(range(len(dataset.shard_sizes)))

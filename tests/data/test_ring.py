@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
-from blip3o_ds.data import loader as loader_module
-from blip3o_ds.data import ring as ring_module
-from blip3o_ds.data.loader import EmbeddingLoader, _Upload, _Uploader
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.ring import Buffers, StepRing
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading import loader as loader_module
+from blip3o_ds.data.reading import ring as ring_module
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import EmbeddingLoader, _Upload, _Uploader
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.reading.ring import Buffers, StepRing
 
 
 @pytest.fixture

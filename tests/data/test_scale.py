@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from timeit import timeit
 
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.scale import benchmark_order
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.tools.scale import benchmark_order
 
 
 def test_opening_and_ordering_a_large_set_needs_the_manifest_alone_and_memory_for_a_window():

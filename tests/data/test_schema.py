@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from blip3o_ds.data.schema import DatasetSpec, Manifest
+from blip3o_ds.data.format.schema import DatasetSpec, Manifest
 from blip3o_ds.errors import DataError
 
 

@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 import webdataset
 
-import blip3o_ds.data.codec as codec_module
-import blip3o_ds.data.shards as shards_module
-import blip3o_ds.data.writer as writer_module
-from blip3o_ds.data.schema import Manifest
-from blip3o_ds.data.shards import DatasetWriter, EmbeddingDataset, ShardReader
+import blip3o_ds.data.format.codec as codec_module
+import blip3o_ds.data.format.writer as writer_module
+import blip3o_ds.data.reading.dataset as shards_module
+from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset, ShardReader
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write, sha256_file
 
@@ -338,7 +338,7 @@ def test_a_stored_nan_is_named_by_shard_and_key(dataset_dir):
 
 
 def test_more_shards_than_may_be_open_are_read_all_the_same(dataset_dir, samples, monkeypatch):
-    monkeypatch.setattr("blip3o_ds.data.shards._OPEN_SHARDS", 2)
+    monkeypatch.setattr("blip3o_ds.data.reading.dataset._OPEN_SHARDS", 2)
     dataset = EmbeddingDataset(dataset_dir(10, 1))
     for _ in range(2):
         for i, (_, eva, _, _) in enumerate(samples(10)):

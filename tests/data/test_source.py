@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blip3o_ds.data.schema import ChannelStats, DatasetSpec, Manifest
-from blip3o_ds.data.selection import Selection
-from blip3o_ds.data.source import shards_location
+from blip3o_ds.data.format.schema import ChannelStats, DatasetSpec, Manifest
+from blip3o_ds.data.format.selection import Selection
+from blip3o_ds.data.reading.source import shards_location
 from blip3o_ds.errors import DataError
 
 

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip3o_ds.cli import main
-from blip3o_ds.data.append import append
-from blip3o_ds.data.loader import EmbeddingLoader
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.schema import DatasetSpec, Manifest
-from blip3o_ds.data.selection import Selection
-from blip3o_ds.data.shards import EmbeddingDataset
-from blip3o_ds.data.split import split
-from blip3o_ds.data.verify import inspect, stats, verify
-from blip3o_ds.data.writer import DatasetWriter
+from blip3o_ds.data.format.schema import DatasetSpec, Manifest
+from blip3o_ds.data.format.selection import Selection
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.tools.append import append
+from blip3o_ds.data.tools.split import split
+from blip3o_ds.data.tools.verify import inspect, stats, verify
 from blip3o_ds.errors import DataError
 
 SPEC = DatasetSpec(4, "patch_only", 8, 4, "bf16", "eva", "clip")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.data.index import ShardIndex, index_path
-from blip3o_ds.data.schema import DatasetSpec, StorageDType
-from blip3o_ds.data.shards import EmbeddingDataset
-from blip3o_ds.data.verify import inspect, stats, verify
-from blip3o_ds.data.writer import DatasetWriter
+from blip3o_ds.data.format.index import ShardIndex, index_path
+from blip3o_ds.data.format.schema import DatasetSpec, StorageDType
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.tools.verify import inspect, stats, verify
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.subset import read_batches
 from blip3o_ds.files import sha256_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.encoders import demo
 from blip3o_ds.errors import DataError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.encoders.extract import encode_images, extract
 from blip3o_ds.encoders.registry import ENCODERS
 from blip3o_ds.errors import DataError, EncoderError

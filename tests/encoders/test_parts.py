@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import blip3o_ds.encoders.extract as extract_module
-from blip3o_ds.data.schema import Manifest
-from blip3o_ds.data.shards import EmbeddingDataset
-from blip3o_ds.data.verify import verify
-from blip3o_ds.data.writer import sole_writer
+from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.format.writer import sole_writer
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.encoders.extract import extract
 from blip3o_ds.encoders.registry import ENCODERS
 from blip3o_ds.errors import DataError

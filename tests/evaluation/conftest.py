@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip3o_ds.config import RunConfig, build_run_config
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.schema import DatasetSpec
-from blip3o_ds.data.shards import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset
 from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, SEAL, Checkpoint, seal_checkpoint
 from blip3o_ds.files import atomic_write_json, sha256_file

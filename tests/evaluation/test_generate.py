@@ -7,8 +7,8 @@ import torch
 
 from blip3o_ds.config import FlowConfig, SamplerConfig
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.shards import EmbeddingDataset
-from blip3o_ds.data.verify import verify
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.generate import generate

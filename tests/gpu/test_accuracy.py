@@ -7,10 +7,10 @@ from importlib import import_module
 
 import pytest
 import torch
-from blip3o_kernels import gqa_attention, swiglu
-from blip3o_kernels.benchmarks.providers import gradients, providers
-from blip3o_kernels.benchmarks.workloads import PRESETS, WORKLOADS, Case, model_shape
 
+from benchmarks.providers import gradients, providers
+from benchmarks.workloads import PRESETS, WORKLOADS, Case, model_shape
+from blip3o_kernels import gqa_attention, swiglu
 from tests.kernels.accuracy import DTYPES, assert_kernel_is_accurate, random
 
 pytestmark = pytest.mark.gpu

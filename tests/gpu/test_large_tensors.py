@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from blip3o_kernels.benchmarks.providers import gradients, providers
-from blip3o_kernels.benchmarks.workloads import Case, model_shape
+
+from benchmarks.providers import gradients, providers
+from benchmarks.workloads import Case, model_shape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("large")]  # one after the other, for the memory
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blip3o_kernels import dequantize_fp8, reference
 
-from blip3o_ds.data.loader import EmbeddingLoader
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.schema import DatasetSpec
-from blip3o_ds.data.shards import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_kernels import dequantize_fp8, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from blip3o_kernels import use_kernels
 from torch import Tensor
+
+from blip3o_kernels import use_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without CUDA the kernels are interpreted
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

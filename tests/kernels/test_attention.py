@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from blip3o_kernels import gqa_attention, reference, use_kernels
-from blip3o_kernels.attention_config import KERNELS, AttentionConfig, attention_config, candidates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip3o_kernels import gqa_attention, reference, use_kernels
+from blip3o_kernels.attention_config import KERNELS, AttentionConfig, attention_config, candidates
 from tests.kernels.accuracy import DEVICE, DTYPES, assert_kernel_is_accurate, random
 
 SHAPES = [  # B, Nq, Nk, H, Hkv, D

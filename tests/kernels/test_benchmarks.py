@@ -13,17 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from blip3o_kernels import reference
-from blip3o_kernels.benchmarks import check as checking
-from blip3o_kernels.benchmarks import report
-from blip3o_kernels.benchmarks.check import SMALL, check
-from blip3o_kernels.benchmarks.goals import goals
-from blip3o_kernels.benchmarks.measure import Rates, Task, Timing, alternate
-from blip3o_kernels.benchmarks.providers import OURS, Provider, gradients, providers
-from blip3o_kernels.benchmarks.runner import Results, Step, run_cases
-from blip3o_kernels.benchmarks.warm import calls_of, run_in_processes
-from blip3o_kernels.benchmarks.workloads import WORKLOADS, Case, model_cases, model_shape, sweep_cases
 
+from benchmarks import check as checking
+from benchmarks import report
+from benchmarks.check import SMALL, check
+from benchmarks.goals import goals
+from benchmarks.measure import Rates, Task, Timing, alternate
+from benchmarks.providers import OURS, Provider, gradients, providers
+from benchmarks.runner import Results, Step, run_cases
+from benchmarks.warm import calls_of, run_in_processes
+from benchmarks.workloads import WORKLOADS, Case, model_cases, model_shape, sweep_cases
+from blip3o_kernels import reference
 from tests.conftest import PROJECT
 from tests.kernels.accuracy import DEVICE
 
@@ -351,7 +351,7 @@ def test_the_script_writes_and_prints_what_it_measured(tmp_path, monkeypatch, ca
     monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
     bench, train_step = script("bench_kernels"), importlib.import_module("train_step")
     compiled = []
-    package = "blip3o_kernels.benchmarks"
+    package = "benchmarks"
     for target, value in {
         f"{package}.machine.describe": lambda command, commit: {**MACHINE, "commit": commit},
         f"{package}.measure.CudaTimer": fake_timer,

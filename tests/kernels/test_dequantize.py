@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from blip3o_kernels import dequantize, dequantize_fp8, reference, use_kernels
 
 

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from blip3o_kernels import rms_norm, use_kernels
-from blip3o_kernels.dispatch import triton_chosen
 from torch.utils.checkpoint import checkpoint
 
+from blip3o_kernels import rms_norm, use_kernels
+from blip3o_kernels.dispatch import triton_chosen
 from tests.kernels.accuracy import DEVICE, random
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from blip3o_kernels import use_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_ds.config import FlowConfig, ModelConfig
 from blip3o_ds.flow.objective import FlowObjective
 from blip3o_ds.model.dit import DiT
+from blip3o_kernels import use_kernels
 from tests.kernels.accuracy import DEVICE, random
 
 CONFIG = ModelConfig(

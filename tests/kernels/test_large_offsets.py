@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from blip3o_kernels import flow_matching_loss, qk_norm_rope, rms_norm, sandwich, swiglu, use_kernels
 
+from blip3o_kernels import flow_matching_loss, qk_norm_rope, rms_norm, sandwich, swiglu, use_kernels
 from tests.kernels.accuracy import DEVICE
 
 ELEMENTS = 2**31 if DEVICE == "cuda" else 2**12  # the interpreter checks the test itself

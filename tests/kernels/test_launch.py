@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from blip3o_kernels import launch
 from blip3o_kernels.launch import (
     RowConfig,
@@ -18,7 +19,6 @@ from blip3o_kernels.launch import (
     shape_class,
     tuned_table,
 )
-
 from tests.kernels.accuracy import DEVICE
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from blip3o_kernels import flow_matching_loss, gqa_attention, qk_norm_rope, rms_norm, sandwich, swiglu
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative rounding, a little over one ulp

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from blip3o_kernels import rms_norm, use_kernels
-from blip3o_kernels.rms_norm import candidates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip3o_kernels import rms_norm, use_kernels
+from blip3o_kernels.rms_norm import candidates
 from tests.kernels.accuracy import DEVICE, DTYPES, assert_kernel_is_accurate, random
 
 SHAPES = [(2, 257, 48), (3, 5, 1000), (1, 1, 5), (2, 3, 4, 33), (7, 64), (129,)]

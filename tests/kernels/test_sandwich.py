@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from blip3o_kernels import sandwich, use_kernels
-from blip3o_kernels.sandwich import candidates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip3o_kernels import sandwich, use_kernels
+from blip3o_kernels.sandwich import candidates
 from tests.kernels.accuracy import DEVICE, DTYPES, assert_kernel_is_accurate, random
 
 SHAPES = [(2, 257, 48), (2, 5, 1000), (3, 1, 7), (1, 3, 64)]

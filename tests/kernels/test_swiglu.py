@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from blip3o_kernels import swiglu, use_kernels
-from blip3o_kernels.launch import tile_config
-from blip3o_kernels.swiglu import candidates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip3o_kernels import swiglu, use_kernels
+from blip3o_kernels.launch import tile_config
+from blip3o_kernels.swiglu import candidates
 from tests.kernels.accuracy import DEVICE, DTYPES, assert_kernel_is_accurate, random
 
 SHAPES = [(2, 257, 48), (2, 3, 1000), (1, 1, 1), (2, 3, 4, 33), (7, 64), (129,), (3, 2, 2048)]

@@ -8,14 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-from blip3o_kernels.aot import SHAPES
-from blip3o_kernels.benchmarks import tuning
-from blip3o_kernels.benchmarks.check import SMALL
-from blip3o_kernels.benchmarks.tuning import TUNABLE, Search, compile_calls, compile_candidates, searches, tune
-from blip3o_kernels.benchmarks.workloads import Case
-from blip3o_kernels.launch import RowConfig, SumConfig, record, shape_class
 from triton.runtime.errors import OutOfResources
 
+from benchmarks import tuning
+from benchmarks.check import SMALL
+from benchmarks.tuning import TUNABLE, Search, compile_calls, compile_candidates, searches, tune
+from benchmarks.workloads import Case
+from blip3o_kernels.aot import SHAPES
+from blip3o_kernels.launch import RowConfig, SumConfig, record, shape_class
 from tests.conftest import PROJECT
 from tests.kernels.accuracy import DEVICE
 
@@ -162,9 +162,7 @@ def test_the_script_writes_under_the_name_of_the_gpu(tmp_path, monkeypatch, caps
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(tuner, "searches", lambda *_: [search()])
     monkeypatch.setattr(tuner, "run_in_processes", lambda calls, jobs: None)
-    monkeypatch.setattr(
-        "blip3o_kernels.benchmarks.measure.CudaTimer", lambda: timer({None: 2.0, A: 3.0, B: 1.0, C: 4.0})
-    )
+    monkeypatch.setattr("benchmarks.measure.CudaTimer", lambda: timer({None: 2.0, A: 3.0, B: 1.0, C: 4.0}))
     monkeypatch.setattr(tuner, "tune", lambda *inputs, **options: tune(*inputs, **{**options, "device": DEVICE}))
 
     assert tuner.main(["--out", str(tmp_path / "table.json")]) == 0

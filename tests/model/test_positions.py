@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from blip3o_kernels import qk_norm_rope
 
 from blip3o_ds.model.positions import RotaryTables, axis_pairs, grid_positions, rope_tables
+from blip3o_kernels import qk_norm_rope
 
 
 def test_patches_sit_on_the_grid_and_cls_on_the_t_axis():

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from blip3o_kernels import use_kernels
 
 from blip3o_ds.config import ModelConfig, get_blip3o_clip_config
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.planning.memory import choose_model_size, count_parameters, estimate_memory, recommend_zero
+from blip3o_kernels import use_kernels
 
 
 def test_parameters_are_those_of_the_model():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from blip3o_ds.data.index import ShardIndex, index_path
+from blip3o_ds.data.format.index import ShardIndex, index_path
 
 
 @pytest.fixture

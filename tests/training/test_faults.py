@@ -8,9 +8,9 @@ import statistics
 import pytest
 import torch
 
-from blip3o_ds.data.order import GlobalOrder
-from blip3o_ds.data.schema import DatasetSpec
-from blip3o_ds.data.shards import DatasetWriter
+from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.reading.dataset import DatasetWriter
+from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.training.faults import SpikeDetector
 from tests.conftest import PROJECT, write_embeddings
 

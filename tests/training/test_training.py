@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blip3o_ds.data.convert import convert
-from blip3o_ds.data.shards import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.evaluation.subset import read_batches
 from blip3o_ds.training import trainer
 from blip3o_ds.training.trainer import overfit_verdict

@@ -1,0 +1,1 @@
+"""The format on disk: specification, tar, index, codec, writer, manifest."""

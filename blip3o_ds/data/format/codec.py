@@ -1,0 +1,208 @@
+"""One sample's tensors as bytes and back: the cast to the stored dtype, the safetensors file, the check of it.
+
+In fp8-e4m3 every token has its own fp32 scale, amax / 448, and comes back as bf16; all other dtypes come back as
+they were stored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from blip3o_ds.data.format.schema import DatasetSpec, StorageDType
+from blip3o_ds.errors import DataError
+from blip3o_kernels import dequantize_fp8
+
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+_PIECE_BYTES = 1 << 19  # half of the L2 cache of the cores of today
+_LARGEST_SCALE = torch.finfo(torch.bfloat16).max / FP8_MAX
+
+_TORCH_DTYPES: dict[StorageDType, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8-e4m3": torch.float8_e4m3fn,
+}
+_SAFETENSORS_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+# The bit pattern of infinity: as an integer, every NaN of the same sign lies above it and every finite value below.
+_INFINITY_BITS = {
+    torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
+    torch.float16: (np.int16, np.uint16, 0x7C00, 0xFC00),
+    torch.float32: (np.int32, np.uint32, 0x7F800000, 0xFF800000),
+    torch.float8_e4m3fn: (np.int8, np.uint8, 0x7F, 0xFF),  # has no infinity, and one NaN of each sign
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Name, dtype and shape of one tensor in a sample's file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Piece(NamedTuple):
+    """A stretch of a tensor: its bytes, and the same bits as signed and as unsigned integers."""
+
+    bytes: np.ndarray
+    signed: np.ndarray
+    unsigned: np.ndarray
+    infinity: int  # as a signed integer
+    negative_infinity: int  # as an unsigned one
+
+    @classmethod
+    def of(cls, content: np.ndarray, dtype: torch.dtype) -> Piece:
+        signed, unsigned, *infinities = _INFINITY_BITS[dtype]
+        return cls(content, content.view(signed), content.view(unsigned), *infinities)
+
+    def has_nonfinite(self) -> bool:
+        largest = np.maximum.reduce  # without the Python wrapper that `max` goes through
+        return bool(largest(self.signed) >= self.infinity or largest(self.unsigned) >= self.negative_infinity)
+
+
+class SampleMemory(dict[str, Tensor]):
+    """The contiguous CPU tensors that a sample is read into, by name, and their `pieces`.
+
+    A piece that was just read is checked while it is in the core's own cache. Made once for memory that is filled
+    again and again: to make the views takes longer than to read a small sample.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.pieces = {name: _pieces(tensor) for name, tensor in tensors.items()}
+
+
+def _pieces(tensor: Tensor) -> list[Piece]:
+    content = _bytes(tensor)
+    return [Piece.of(content[i : i + _PIECE_BYTES], tensor.dtype) for i in range(0, len(content), _PIECE_BYTES)]
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.view(torch.uint8).numpy().reshape(-1)
+
+
+def stored_tensors(spec: DatasetSpec) -> list[StoredTensor]:
+    """The tensors that a sample's file of this dataset holds."""
+    dtype = _TORCH_DTYPES[spec.dtype]
+    tensors = [
+        StoredTensor("eva", dtype, (spec.num_tokens, spec.eva_dim)),
+        StoredTensor("clip", dtype, (spec.num_tokens, spec.clip_dim)),
+    ]
+    if spec.dtype == "fp8-e4m3":
+        tensors += [StoredTensor(f"{t.name}_scale", torch.float32, (spec.num_tokens,)) for t in list(tensors)]
+    return tensors
+
+
+def read_dtype(dtype: StorageDType) -> torch.dtype:
+    """The dtype in which samples stored as `dtype` are handed out."""
+    return torch.bfloat16 if dtype == "fp8-e4m3" else _TORCH_DTYPES[dtype]
+
+
+def encode(values: Tensor, dtype: StorageDType) -> tuple[Tensor, Tensor | None]:
+    """Cast `values` [N, D] to the stored dtype; for fp8-e4m3 also the scales [N] fp32 to multiply with."""
+    values = values.detach().to("cpu")
+    if dtype != "fp8-e4m3":
+        return values.to(_TORCH_DTYPES[dtype]).contiguous(), None
+    values = values.float()
+    largest = values.abs().amax(dim=-1)  # [N]
+    # The smallest normal float keeps 1/scale finite; a token of zeros is stored as zeros under any scale.
+    scale = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = (values / scale[:, None]).clamp(-FP8_MAX, FP8_MAX)
+    return scaled.to(torch.float8_e4m3fn), scale
+
+
+def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """The values [..., D] that a reader gets for what `encode` stored; on the GPU in one pass."""
+    return stored if scale is None else dequantize_fp8(stored, scale)
+
+
+def check_finite(stored: Tensor, name: str, where: str) -> None:
+    """Raise DataError naming the sample (`where`) and the tensor (`name`) if it holds NaN or infinity."""
+    if has_nonfinite(stored):
+        raise DataError(f"{where}: {name} holds NaN or infinity; `blip3o-ds data verify` checks the rest")
+
+
+def check_scale(scale: Tensor, name: str, where: str) -> None:
+    """Raise DataError if `decode` would give NaN or infinity by this scale of fp8-e4m3."""
+    if not bool((scale.abs() <= _LARGEST_SCALE).all()):
+        raise DataError(
+            f"{where}: {name}_scale holds NaN or a value beyond {_LARGEST_SCALE:.3g}, which makes {name} infinite; "
+            "`blip3o-ds data verify` checks the rest"
+        )
+
+
+def to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """The content of a sample's `.safetensors` file."""
+    return safetensors.torch.save(tensors)
+
+
+def parse_header(content: bytes | memoryview, spec: DatasetSpec, where: str) -> tuple[int, dict[str, int]]:
+    """Check a sample's safetensors header against `spec`.
+
+    Returns the header's length in bytes and each tensor's offset from the start of the file. `where` names the
+    sample in errors; `content` must hold at least the header.
+    """
+    length = 8 + int.from_bytes(content[:8], "little")
+    try:
+        if length > len(content):
+            raise ValueError(f"its length {length} exceeds the file's {len(content)} bytes")
+        entries = json.loads(bytes(content[8:length]))
+        if not isinstance(entries, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: the safetensors header is damaged ({error}); write this shard again") from error
+    expected = stored_tensors(spec)
+    found = sorted(set(entries) - {"__metadata__"})
+    if found != sorted(tensor.name for tensor in expected):
+        names = ", ".join(tensor.name for tensor in expected)
+        raise DataError(f"{where}: the file holds the tensors {', '.join(found)}, expected {names}")
+    return length, {tensor.name: length + _checked_offset(entries[tensor.name], tensor, where) for tensor in expected}
+
+
+def has_nonfinite(values: Tensor) -> bool:
+    """Whether a floating-point CPU tensor holds NaN or infinity, at memory speed for the stored dtypes.
+
+    Two integer maxima over the bits; `torch.isfinite` on CPU takes some fifty times as long for bf16.
+    """
+    if values.numel() == 0:
+        return False
+    if values.dtype not in _INFINITY_BITS:
+        return not bool(torch.isfinite(values).all())
+    return Piece.of(_bytes(values.detach().contiguous()), values.dtype).has_nonfinite()
+
+
+def _checked_offset(entry: Any, tensor: StoredTensor, where: str) -> int:
+    if not isinstance(entry, dict) or not isinstance(entry.get("data_offsets"), list):
+        raise DataError(f"{where}: the safetensors header is damaged at tensor {tensor.name}")
+    expected = (_SAFETENSORS_DTYPES[tensor.dtype], list(tensor.shape))
+    found = (entry.get("dtype"), entry.get("shape"))
+    if found != expected:
+        raise DataError(
+            f"{where}: tensor {tensor.name} is {found[0]} {found[1]}, expected {expected[0]} {expected[1]} "
+            "as the dataset's spec says"
+        )
+    offsets = entry["data_offsets"]
+    if [type(offset) for offset in offsets] != [int, int] or not 0 <= offsets[0] == offsets[1] - tensor.num_bytes:
+        raise DataError(
+            f"{where}: tensor {tensor.name} lies at the bytes {str(offsets)[:80]} of its file's data, expected "
+            f"{tensor.num_bytes} bytes: the safetensors header is damaged"
+        )
+    return offsets[0]

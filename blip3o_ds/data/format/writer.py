@@ -1,0 +1,420 @@
+"""Writing a dataset: samples into webdataset tars, an index after each tar, the manifest after all of them.
+
+The same samples make the same bytes, so a run that was interrupted and resumed ends with what an uninterrupted one
+would have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from blip3o_ds.data.format.codec import decode, encode, has_nonfinite, parse_header, stored_tensors, to_bytes
+from blip3o_ds.data.format.distortion import Distortion
+from blip3o_ds.data.format.index import ShardIndex, check_tar_size, index_path
+from blip3o_ds.data.format.moments import ChannelMoments
+from blip3o_ds.data.format.schema import MANIFEST_NAME, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.errors import DataError
+from blip3o_ds.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+_SHARD_NAME = re.compile(r"shard_(\d{5,})\.tar")
+_LOCK_NAME = ".writer.lock"
+_LEFTOVER_NAME = re.compile(r"\.(shard_\d{5,}\.tar(\.idx)?|manifest\.json)\.\d+\.tmp")
+
+
+class BusyFolder(DataError):
+    """Another writer is at a dataset's folder."""
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other writers of this project out of a dataset's folder; raises BusyFolder where one is in it.
+
+    The lock is on a file in the folder, so that a network file system can tell its other hosts; it ends with the
+    process and the file is of no account after that. Where there are no locks, or no folder, nobody is kept out.
+    """
+    path = folder / _LOCK_NAME
+    descriptor = _lock(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # what counts is the lock; a file that stays is locked again
+                path.unlink()
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked process has a copy
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of the locked file, made if need be; None where that cannot be."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:  # the caller comes to it, and says what it means
+            logger.debug("%s: no lock: %s", path, error)
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BusyFolder(f"{path.parent}: another writer is at it; wait for its end, or end it") from None
+        except OSError as error:
+            logger.debug("%s: no lock: %s", path, error)
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return None
+        os.close(descriptor)  # the writer before removed the file between the two calls; lock the new one
+
+
+class DatasetWriter:
+    """Writes samples into shards of `samples_per_shard` and, on a clean exit, the manifest.
+
+    A context manager. Left by an exception, it keeps the shards that are complete and removes the one under way;
+    `DatasetWriter.resume` goes on from there and ends with the same bytes as an uninterrupted run. One process at a
+    time writes into a folder.
+    """
+
+    def __init__(
+        self,
+        dst: str | Path,
+        spec: DatasetSpec,
+        samples_per_shard: int = 512,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self._begin(Path(dst), spec, samples_per_shard, extra, resume=False)
+
+    @classmethod
+    def resume(
+        cls,
+        dst: str | Path,
+        spec: DatasetSpec,
+        samples_per_shard: int = 512,
+        extra: dict[str, Any] | None = None,
+    ) -> DatasetWriter:
+        """Go on after the complete shards in `dst`, if there are any; an unfinished last one is removed.
+
+        Raises DataError when what is there has another spec, or a shard in the middle is missing or damaged.
+        """
+        writer = cls.__new__(cls)
+        writer._begin(Path(dst), spec, samples_per_shard, extra, resume=True)
+        return writer
+
+    def write(self, key: str, eva: Tensor, clip: Tensor, meta: dict[str, Any]) -> None:
+        """Append a sample: `eva` [N, eva_dim], `clip` [N, clip_dim], `meta` anything that JSON holds.
+
+        Raises DataError for a key used before or with "." or "/" in it, another shape, a value that is not finite
+        (also after the cast to the stored dtype), or a disk that refuses.
+        """
+        if self._failure is not None:
+            raise self._failure
+        _check_key(key)
+        if key in self._keys:
+            raise DataError(f"key {key!r} comes twice; keys must be unique in a dataset ({self._dst})")
+        try:
+            if self._shard is None:
+                path = self._dst / f"shard_{len(self._shards):05d}.tar"
+                self._shard = ShardWriter(path, self.spec, self._distortions)
+            self._shard.write(key, eva, clip, meta)
+            self._keys.add(key)
+            if self._shard.num_samples >= self._samples_per_shard:
+                self._finish_shard(self._shard)
+        except OSError as error:
+            # The tar may end in half a member now, so it goes, and no later sample may hide that.
+            self._abort()
+            self._failure = _write_failed(self._dst, error)
+            raise self._failure from error
+
+    def cost(self) -> dict[str, Any]:
+        """What the cast to the stored dtype did to the samples written here, by side; see `Distortion.to_dict`."""
+        return {side: distortion.to_dict() for side, distortion in self._distortions.items()}
+
+    def done_keys(self) -> set[str]:
+        """Keys of the samples already written, those of a resumed dataset included."""
+        return set(self._keys)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._lock:
+            if error is not None:
+                self._abort()
+                return
+            if self._failure is not None:
+                raise self._failure
+            try:
+                self._close()
+            except OSError as failure:
+                raise _write_failed(self._dst, failure) from failure
+            finally:
+                self._abort()
+
+    def _begin(
+        self, dst: Path, spec: DatasetSpec, samples_per_shard: int, extra: dict[str, Any] | None, *, resume: bool
+    ) -> None:
+        if samples_per_shard < 1:
+            raise DataError(f"samples_per_shard must be at least 1, found {samples_per_shard}")
+        self.spec = spec
+        self.extra = {} if extra is None else extra
+        self._dst = dst
+        self._samples_per_shard = samples_per_shard
+        self._shards: list[ShardInfo] = []
+        self._keys: set[str] = set()
+        self._eva_moments = ChannelMoments.empty(spec.eva_dim)
+        self._clip_moments = ChannelMoments.empty(spec.clip_dim)
+        self._distortions = {"eva": Distortion(), "clip": Distortion()}
+        self._shard: ShardWriter | None = None
+        self._failure: DataError | None = None
+        with contextlib.ExitStack() as lock:
+            try:
+                dst.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(sole_writer(dst))
+                if not resume and _is_started(dst):
+                    raise DataError(f"{dst} already holds shards; resume it, remove it, or choose another folder")
+                _remove_leftovers(dst)
+                for path in _complete_shards(dst):
+                    self._adopt(path)
+            except OSError as error:
+                raise _write_failed(dst, error) from error
+            self._lock = lock.pop_all()  # kept from here to the end of the `with` block
+
+    def _adopt(self, path: Path) -> None:
+        index = ShardIndex.load(index_path(path))
+        if index.spec != self.spec:
+            raise DataError(
+                f"{path} was written with another specification, so it cannot be resumed "
+                f"({index.spec.differences(self.spec)}); choose another folder, or the settings it was begun with"
+            )
+        self._keys.update(index.keys)
+        self._append(path.name, index)
+
+    def _finish_shard(self, shard: ShardWriter) -> None:
+        self._append(shard.path.name, shard.finish())
+        self._shard = None
+
+    def _append(self, name: str, index: ShardIndex) -> None:
+        self._shards.append(ShardInfo(name, len(index.keys), index.num_bytes, index.sha256))
+        self._eva_moments = self._eva_moments.merge(index.eva_moments)
+        self._clip_moments = self._clip_moments.merge(index.clip_moments)
+
+    def _close(self) -> None:
+        if self._shard is not None and self._shard.num_samples:
+            self._finish_shard(self._shard)
+        if not self._shards:
+            raise DataError(f"no sample was written to {self._dst}, and a dataset must hold at least one")
+        Manifest(
+            spec=self.spec,
+            shards=tuple(self._shards),
+            eva_stats=self._eva_moments.to_stats(),
+            clip_stats=self._clip_moments.to_stats(),
+            extra=self.extra,
+        ).save(self._dst)
+
+    def _abort(self) -> None:
+        if self._shard is not None:
+            self._shard.abort()
+            self._shard = None
+
+
+class ShardWriter:
+    """Writes one tar and, when finished, its index; the tar appears under its name only then."""
+
+    def __init__(self, path: Path, spec: DatasetSpec, distortions: dict[str, Distortion]) -> None:
+        """`distortions`, of each side, count what `write` encodes."""
+        self.path = path
+        self._spec = spec
+        self._distortions = distortions
+        self._pending = atomic_write(path)
+        self._tar = _HashingFile(self._pending.__enter__())
+        self._keys: list[str] = []
+        self._members: dict[str, list[int]] = {
+            name: [] for name in ("tensors_offset", "tensors_size", "meta_offset", "meta_size")
+        }
+        self._tensors: dict[str, list[int]] = {tensor.name: [] for tensor in stored_tensors(spec)}
+        self._eva_moments = ChannelMoments.empty(spec.eva_dim)
+        self._clip_moments = ChannelMoments.empty(spec.clip_dim)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._keys)
+
+    def write(self, key: str, eva: Tensor, clip: Tensor, meta: dict[str, Any]) -> None:
+        """Append a sample; nothing reaches the file unless all of it is valid."""
+        tensors: dict[str, Tensor] = {}
+        decoded: dict[str, Tensor] = {}
+        for side, values, dim in (("eva", eva, self._spec.eva_dim), ("clip", clip, self._spec.clip_dim)):
+            stored, scale, seen = self._encode(key, side, values, dim)
+            tensors[side] = stored
+            if scale is not None:
+                tensors[f"{side}_scale"] = scale
+            decoded[side] = seen
+        self._append(key, tensors, decoded, meta)
+        for side, given in (("eva", eva), ("clip", clip)):
+            self._distortions[side].add(given.detach().cpu(), decoded[side])
+
+    def write_stored(self, key: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Append a sample whose tensors are as a shard of this specification stores them, to the bit."""
+        decoded = {side: decode(tensors[side], tensors.get(f"{side}_scale")) for side in ("eva", "clip")}
+        self._append(key, tensors, decoded, meta)
+
+    def _append(self, key: str, tensors: dict[str, Tensor], decoded: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        moments = {side: ChannelMoments.of(values.float().numpy()) for side, values in decoded.items()}
+        content = to_bytes(tensors)
+        _, offsets = parse_header(content, self._spec, f"{self.path}: sample {key}")
+        meta_content = _meta_bytes(key, meta)
+
+        start = self._member(f"{key}.safetensors", content, "tensors")
+        for name, offset in offsets.items():
+            self._tensors[name].append(start + offset)
+        self._member(f"{key}.json", meta_content, "meta")
+        self._keys.append(key)
+        self._eva_moments = self._eva_moments.merge(moments["eva"])
+        self._clip_moments = self._clip_moments.merge(moments["clip"])
+
+    def finish(self) -> ShardIndex:
+        """Close the tar, then write the index that makes it count."""
+        self._tar.write(bytes(2 * tarfile.BLOCKSIZE))  # two blocks of zeros end a tar
+        self._tar.write(bytes(-self._tar.num_bytes % tarfile.RECORDSIZE))
+        self._pending.__exit__(None, None, None)
+        index = ShardIndex(
+            spec=self._spec,
+            keys=self._keys,
+            num_bytes=self._tar.num_bytes,
+            sha256=self._tar.digest.hexdigest(),
+            members={name: np.array(values, dtype=np.int64) for name, values in self._members.items()},
+            tensors={name: np.array(values, dtype=np.int64) for name, values in self._tensors.items()},
+            eva_moments=self._eva_moments,
+            clip_moments=self._clip_moments,
+        )
+        try:
+            index.save(index_path(self.path))
+        except BaseException:
+            self.path.unlink(missing_ok=True)
+            raise
+        return index
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        error = DataError("shard abandoned")
+        # A full disk refuses the last buffered bytes as well; the file is on its way out, so that is no news.
+        with contextlib.suppress(DataError, OSError):
+            self._pending.__exit__(DataError, error, None)
+
+    def _encode(self, key: str, side: str, values: Tensor, dim: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        expected = (self._spec.num_tokens, dim)
+        if tuple(values.shape) != expected:
+            raise DataError(f"sample {key!r}: {side} has shape {list(values.shape)}, expected {list(expected)}")
+        if not values.is_floating_point():
+            raise DataError(f"sample {key!r}: {side} has dtype {values.dtype}, expected floating point")
+        values = values.detach().to("cpu")
+        if has_nonfinite(values):
+            raise DataError(f"sample {key!r}: {side} holds NaN or infinity; leave the sample out or mend it")
+        stored, scale = encode(values, self._spec.dtype)
+        seen = decode(stored, scale)
+        if has_nonfinite(seen):
+            largest = float(values.abs().max())
+            raise DataError(
+                f"sample {key!r}: {side} reaches {largest:.3g}, more than {self._spec.dtype} holds; choose bf16 or fp32"
+            )
+        return stored, scale, seen
+
+    def _member(self, name: str, content: bytes, kind: str) -> int:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        info.mode = 0o644
+        self._tar.write(info.tobuf(tarfile.PAX_FORMAT))
+        start = self._tar.num_bytes
+        self._tar.write(content)
+        self._tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+        self._members[f"{kind}_offset"].append(start)
+        self._members[f"{kind}_size"].append(len(content))
+        return start
+
+
+class _HashingFile:
+    """Counts and hashes what is written, so that nothing has to be read again for the checksum."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self.digest.update(content)
+        self.num_bytes += len(content)
+
+
+def shard_paths(dataset_dir: Path) -> list[Path]:
+    """The tars in a dataset folder, finished or not, in order."""
+    found = [path for path in dataset_dir.iterdir() if _SHARD_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[len("shard_") : -len(".tar")]))
+
+
+def _is_started(dst: Path) -> bool:
+    return dst.is_dir() and ((dst / MANIFEST_NAME).exists() or bool(shard_paths(dst)))
+
+
+def _complete_shards(dst: Path) -> Iterator[Path]:
+    paths = shard_paths(dst)
+    if paths and not index_path(paths[-1]).exists():
+        logger.info("%s was not finished; writing it again", paths[-1])
+        paths.pop().unlink()
+    for number, path in enumerate(paths):
+        if path.name != f"shard_{number:05d}.tar":
+            raise DataError(f"{dst / f'shard_{number:05d}.tar'} is missing before {path.name}; start in a new folder")
+        check_tar_size(path, ShardIndex.load(index_path(path)).num_bytes)
+        yield path
+
+
+def _remove_leftovers(dst: Path) -> None:
+    """Temporary files of a writer that was killed; one that ends by an exception leaves none."""
+    for path in dst.iterdir():
+        if _LEFTOVER_NAME.fullmatch(path.name):
+            path.unlink()
+
+
+def _check_key(key: str) -> None:
+    if not isinstance(key, str) or not key or any(sign in key for sign in "./\0\n"):
+        raise DataError(
+            f"key {key!r} must be text without '.', '/' and line breaks: a webdataset key ends at the first dot"
+        )
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"key {key!r} is not valid Unicode ({error.reason})") from error
+
+
+def _meta_bytes(key: str, meta: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(meta, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"sample {key!r}: its metadata cannot be written as JSON ({error})") from error
+
+
+def _write_failed(dst: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{dst}: writing failed: {error.strerror or error}; shards already complete are kept, "
+        "and the same command goes on from there once the disk takes more"
+    )

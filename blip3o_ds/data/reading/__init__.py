@@ -1,0 +1,1 @@
+"""Reading a dataset for training and evaluation: order, dataset, ring, loader, remote shards and their cache."""

@@ -1,0 +1,289 @@
+"""The shards of remote datasets on this node: downloaded once, whichever process asks, and kept within a bound.
+
+A shard is filed under its checksum, so datasets that share shards share their copies. Locks are `flock`s, which end
+with the process that holds them: the folder must be on a disk of this node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip3o_ds.data.format.index import ShardIndex, index_path
+from blip3o_ds.data.format.schema import ShardInfo
+from blip3o_ds.data.reading.remote import RemoteFolder, TransferError
+from blip3o_ds.errors import DataError
+from blip3o_ds.files import atomic_write_bytes, fsync_dir
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+_DOWNLOADS = 4  # at a time, in each process
+_PREFETCH_SHARE = 0.9  # of the bound; the rest stays free for what is needed at once
+_POLL_SECONDS = 0.2
+_RETRY_SECONDS = 1.0  # between looks whether there is room to read ahead
+_LOCKS = ("in_use.lock", "fetch.lock")
+
+
+class CacheFull(DataError):
+    """No room within the bound: every shard in the cache is in use."""
+
+
+class ShardLease:
+    """A shard in the cache that is not evicted until `close`, or until nobody holds this."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock: int | None = lock
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    __del__ = close
+
+
+class ShardCache:
+    """A folder of at most `cache_gb` GiB of shards, shared by the processes of a node.
+
+    `cache_dir` defaults to a folder of the user's in the system's temporary folder. When room is needed, the shards
+    that were least recently asked for and that no process holds a lease on are removed.
+    """
+
+    def __init__(self, cache_dir: str | Path | None, cache_gb: float) -> None:
+        self._dir = Path(cache_dir or Path(tempfile.gettempdir()) / f"blip3o-ds-cache-{os.getuid()}")
+        self._bound = int(cache_gb * _GIB)
+        self._prefetcher = _Prefetcher(self)
+        self._dir.mkdir(parents=True, exist_ok=True)
+
+    def get(self, remote: RemoteFolder, info: ShardInfo, *, share: float = 1.0, wait_seconds: float = 0) -> ShardLease:
+        """The shard with its index beside it, downloaded unless it is here.
+
+        Uses `share` of the bound; waits `wait_seconds` for other shards to go out of use before it raises CacheFull.
+        Raises DataError that names the URL for a download that fails for good.
+        """
+        folder = self._dir / info.sha256[:32]
+        folder.mkdir(exist_ok=True)
+        path = folder / info.name
+        lease = ShardLease(path, _lock(folder / "in_use.lock", fcntl.LOCK_SH))
+        if not _is_complete(path, info):
+            with _locked(folder / "fetch.lock"):
+                if not _is_complete(path, info):  # another process may have been faster
+                    self._fetch(remote, info, path, share, time.monotonic() + wait_seconds)
+        os.utime(path)
+        return lease
+
+    def keep(self, remote: RemoteFolder, infos: Sequence[ShardInfo]) -> None:
+        """Download these in the background, in this order, and hold a lease on each until they are not named."""
+        self._prefetcher.want(remote, infos)
+
+    def close(self) -> None:
+        """End the background downloads after the ones under way and give up their leases."""
+        self._prefetcher.close()
+
+    def _fetch(self, remote: RemoteFolder, info: ShardInfo, path: Path, share: float, deadline: float) -> None:
+        part, index_part = (path.with_name(f"{path.name}{suffix}") for suffix in (".part", ".idx.part"))
+        try:
+            self._reserve(part, info.num_bytes, share, deadline)
+            index = remote.read(index_path(path).name, lambda content: _check_index(content, index_part, info))
+            self._reserve(index_part, len(index), share, deadline)
+            logger.info("downloading %s (%.2f GiB)", remote.url(info.name), info.num_bytes / _GIB)
+            remote.download(info.name, part, info.num_bytes, info.sha256)
+            atomic_write_bytes(index_path(path), index)
+            os.replace(part, path)
+            fsync_dir(path.parent)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be written ({error}); give data.cache_dir a disk with more room, or lower "
+                "data.cache_gb"
+            ) from error
+        finally:
+            index_part.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+
+    def _reserve(self, part: Path, num_bytes: int, share: float, deadline: float) -> None:
+        """Make `part` with its final size, which counts against the bound from now on, after evicting for it."""
+        bound = int(self._bound * share)
+        while True:
+            with _locked(self._dir / "cache.lock"):
+                in_use = self._make_room(bound - num_bytes)
+                if in_use <= bound - num_bytes:
+                    with open(part, "wb") as file:
+                        file.truncate(num_bytes)
+                    return
+            if time.monotonic() >= deadline:
+                raise CacheFull(
+                    f"{self._dir}: {in_use / _GIB:.3g} GiB of shards are in use, and {part.stem} needs "
+                    f"{num_bytes / _GIB:.3g} GiB of the {self._bound / _GIB:.3g} GiB that data.cache_gb allows; raise "
+                    "it, or lower data.window_shards"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _make_room(self, wanted: int) -> int:
+        """Remove shards that nobody uses, least recently used first, until `wanted` bytes remain; what does remain."""
+        entries = sorted(_entries(self._dir), key=lambda entry: entry.used_at)
+        total = sum(entry.num_bytes for entry in entries)
+        for entry in entries:
+            if total <= wanted:
+                break
+            if entry.num_bytes and _evict(entry):
+                total -= entry.num_bytes
+        return total
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The folder of one shard."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    num_bytes: int
+    used_at: float
+
+
+def _entries(cache_dir: Path) -> Iterator[_Entry]:
+    for folder in cache_dir.iterdir():
+        if not folder.is_dir():
+            continue
+        files, num_bytes, used_at = [], 0, 0.0
+        for path in folder.iterdir():
+            if path.name in _LOCKS:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a download that just ended
+                found = path.stat()
+                files.append(path)
+                num_bytes += found.st_size
+                used_at = max(used_at, found.st_mtime)
+        yield _Entry(folder, tuple(files), num_bytes, used_at)
+
+
+def _evict(entry: _Entry) -> bool:
+    try:
+        lock = _lock(entry.folder / "in_use.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    try:
+        for path in entry.files:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+    logger.info("evicted %s (%.2f GiB)", entry.folder, entry.num_bytes / _GIB)
+    return True
+
+
+def _check_index(content: bytes, part: Path, info: ShardInfo) -> None:
+    part.write_bytes(content)
+    try:
+        index = ShardIndex.load(part)
+    except DataError as error:
+        raise TransferError(f"damaged ({error})") from error
+    if (index.sha256, index.num_bytes) != (info.sha256, info.num_bytes):
+        raise TransferError(f"this is the index of another shard than the manifest's {info.name}")
+
+
+def _is_complete(path: Path, info: ShardInfo) -> bool:
+    try:
+        return path.stat().st_size == info.num_bytes and index_path(path).exists()
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path: Path, kind: int) -> int:
+    """Lock a file, made if need be; closing the descriptor unlocks it. It is never removed, or two could hold it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, kind)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = _lock(path, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class _Prefetcher:
+    """Threads that download what is wanted, in order, and hold the leases."""
+
+    def __init__(self, cache: ShardCache) -> None:
+        self._cache = cache
+        self._wanted: dict[str, ShardInfo] = {}
+        self._held: dict[str, ShardLease] = {}
+        self._busy: set[str] = set()
+        self._queue: deque[tuple[RemoteFolder, ShardInfo]] = deque()
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def want(self, remote: RemoteFolder, infos: Sequence[ShardInfo]) -> None:
+        with self._changed:
+            wanted = {info.sha256: info for info in infos}
+            if self._closed or list(wanted) == list(self._wanted):
+                return
+            self._wanted = wanted
+            for digest in self._held.keys() - wanted.keys():
+                self._held.pop(digest).close()
+            missing = [info for digest, info in wanted.items() if digest not in self._held and digest not in self._busy]
+            self._queue = deque((remote, info) for info in missing)
+            if missing and not self._threads:
+                # Daemons: a program that ends does not wait for a download, and a part file is no shard.
+                self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(_DOWNLOADS)]
+                for thread in self._threads:
+                    thread.start()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for lease in self._held.values():
+            lease.close()
+        self._held.clear()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return
+                remote, info = self._queue.popleft()
+                self._busy.add(info.sha256)
+            lease, full = self._get(remote, info)
+            with self._changed:
+                self._busy.discard(info.sha256)
+                wanted = info.sha256 in self._wanted and not self._closed
+                if lease is not None and wanted:
+                    self._held[info.sha256] = lease
+                elif lease is not None:
+                    lease.close()
+                elif full and wanted:
+                    self._queue.appendleft((remote, info))
+                    self._changed.wait(_RETRY_SECONDS)
+
+    def _get(self, remote: RemoteFolder, info: ShardInfo) -> tuple[ShardLease | None, bool]:
+        try:
+            return self._cache.get(remote, info, share=_PREFETCH_SHARE), False
+        except CacheFull:
+            return None, True
+        except DataError as error:
+            logger.warning("reading ahead failed, and is tried again when the shard is needed: %s", error)
+            return None, False

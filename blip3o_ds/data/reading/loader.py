@@ -1,0 +1,232 @@
+"""Batches for training and evaluation, read ahead by threads and copied ahead to the GPU.
+
+A step's samples depend on its position in the global order alone: every rank takes its slice of the same stretch,
+so another world size sees the same samples, and the state to save is one number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blip3o_ds.data.format.codec import decode
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.reading.ring import Buffers, Step, StepRing
+from blip3o_ds.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A micro-batch, as it is stored: of an fp8-e4m3 dataset `eva` and `clip` are float8_e4m3fn until `expand()`."""
+
+    eva: Tensor  # [B, N, eva_dim]
+    clip: Tensor  # [B, N, clip_dim]
+    positions: Tensor  # [B] int64 on the CPU: place in the endless order (evaluation: sequential index)
+    keys: list[str]
+    eva_scale: Tensor | None = None  # [B, N] fp32, of fp8-e4m3 alone
+    clip_scale: Tensor | None = None
+
+    def expand(self) -> Batch:
+        """The same with fp8-e4m3 multiplied out to bf16, where the batch is: on a GPU, one pass."""
+        eva, clip = decode(self.eva, self.eva_scale), decode(self.clip, self.clip_scale)
+        return replace(self, eva=eva, clip=clip, eva_scale=None, clip_scale=None)
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """All tensors but the positions, by name."""
+        named = {name: getattr(self, name) for name in ("eva", "clip", "eva_scale", "clip_scale")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+class EmbeddingLoader:
+    """This rank's micro-batches, one optimizer step at a time.
+
+    A step takes the next G = micro_batch_size * gradient_accumulation_steps * world_size positions; rank r the
+    r-th of `world_size` contiguous slices, cut into micro-batches in order. Use as a context manager or `close()`.
+
+    On a CUDA `device` the batches arrive there, copied one ahead on a stream of its own, and belong to the caller. On
+    the CPU they are views of buffers that are used again: a step's batches are overwritten after the next call of
+    `next_step`, so use them before it, or clone what you keep.
+
+    A bad sample is an error, or is replaced as `EmbeddingDataset` says; either way a position stays a position, so all
+    ranks do the same steps. Then a sound sample comes at its own position once an epoch, and once more for every bad
+    position that it fills; `positions` are those of the order, `keys` those of the samples that were read.
+    """
+
+    def __init__(
+        self,
+        dataset: EmbeddingDataset,
+        order: GlobalOrder,
+        *,
+        micro_batch_size: int,
+        gradient_accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        prefetch: int = 2,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        sizes = {
+            "micro_batch_size": micro_batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "world_size": world_size,
+            "prefetch": prefetch,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise DataError(f"{name} must be at least 1, found {value}")
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank must lie in [0, {world_size}), found {rank}")
+        if order.num_samples != len(dataset):
+            raise DataError(f"the order covers {order.num_samples} samples, the dataset has {len(dataset)}")
+        self.wait_seconds = 0.0  # time that callers spent in next_step waiting for data
+        self.samples_per_step = micro_batch_size * gradient_accumulation_steps * world_size
+        self._dataset = dataset
+        self._order = order
+        self._micro_batch_size = micro_batch_size
+        self._share = micro_batch_size * gradient_accumulation_steps
+        self._rank = rank
+        self._prefetch = prefetch
+        self._uploader = _Uploader(device) if torch.device(device).type == "cuda" else None
+        self._position = 0
+        self._closed = False
+        self._ring: StepRing | None = None
+        self._handed_out: Step | None = None
+
+    def next_step(self) -> Iterator[Batch]:
+        """The next step's micro-batches; an error in a reading thread is raised here.
+
+        Ends the use of the step before: on the CPU its batches may be overwritten from now on.
+        """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        if self._ring is None:
+            self._ring = self._start()
+        if self._handed_out is not None:
+            self._ring.release(self._handed_out)
+            self._handed_out = None
+        started = time.perf_counter()
+        try:
+            step = self._ring.get()
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+        self._handed_out = step
+        self._position += self.samples_per_step
+        if self._uploader is None:
+            return iter(self._cut(step))
+        return self._uploader.feed(step, self._cut, self._ring.peek)
+
+    @property
+    def num_replaced(self) -> int:
+        """Reads so far that were given another sample than the one at their place, those read ahead included."""
+        return self._dataset.faults.num_replaced
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and samples handed out so far, over all ranks and epochs; what was only read ahead does not count."""
+        return {"epoch": self._position // self._order.num_samples, "samples_consumed": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, with any world size or batch size."""
+        position = int(state["samples_consumed"])
+        epoch = position // self._order.num_samples
+        if position < 0 or int(state["epoch"]) != epoch:
+            raise DataError(
+                f"the saved position is sample {position} in epoch {state['epoch']}, but a dataset of "
+                f"{self._order.num_samples} samples is in epoch {epoch} there; resume with the dataset, max_shards "
+                "and max_samples that the run began with"
+            )
+        self._stop()
+        self._position = position
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the threads to end."""
+        self._stop()
+        self._closed = True
+
+    def __enter__(self) -> EmbeddingLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> StepRing:
+        return StepRing(
+            self._dataset,
+            self._order,
+            start=self._position + self._rank * self._share,
+            stride=self.samples_per_step,
+            rows=self._share,
+            num_buffers=self._prefetch + 2,  # and one that is handed out, one that is being filled
+            pin=self._uploader is not None,
+        )
+
+    def _stop(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = self._handed_out = None
+
+    def _cut(self, step: Step) -> list[Batch]:
+        return [
+            _batch(step.buffers, step.keys, step.position, begin, begin + self._micro_batch_size)
+            for begin in range(0, self._share, self._micro_batch_size)
+        ]
+
+
+def _batch(buffers: Buffers, keys: list[str], position: int, begin: int, end: int) -> Batch:
+    """Rows `begin` to `end` as views; `position` is that of row 0."""
+    tensors = {name: tensor[begin:end] for name, tensor in buffers.tensors.items()}
+    return Batch(positions=torch.arange(position + begin, position + end), keys=keys[begin:end], **tensors)
+
+
+class _Upload(NamedTuple):
+    """A micro-batch on its way to the GPU."""
+
+    step: Step
+    number: int  # in its step
+    batch: Batch  # on the GPU
+    arrived: torch.cuda.Event
+
+
+class _Uploader:
+    """Copies micro-batches to the GPU on a stream of its own, the next one while the present one is worked on."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device)
+        self._ahead: _Upload | None = None
+
+    def feed(self, step: Step, cut: Callable[[Step], list[Batch]], peek: Callable[[], Step | None]) -> Iterator[Batch]:
+        """The step's micro-batches on the GPU; while one is worked on, the next, of the next step too, is copied."""
+        batches = cut(step)
+        for number, batch in enumerate(batches):
+            upload = self._ahead
+            if upload is None or (upload.step, upload.number) != (step, number):
+                upload = self._upload(step, number, batch)
+            self._ahead = None
+            if number + 1 < len(batches):
+                self._ahead = self._upload(step, number + 1, batches[number + 1])
+            elif (following := peek()) is not None:
+                self._ahead = self._upload(following, 0, cut(following)[0])
+            yield self._received(upload)
+
+    def _upload(self, step: Step, number: int, batch: Batch) -> _Upload:
+        with torch.cuda.stream(self._stream):
+            moved = {name: x.to(self._device, non_blocking=True) for name, x in batch.embeddings().items()}
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        step.buffers.uploaded = arrived
+        return _Upload(step, number, replace(batch, **moved), arrived)
+
+    def _received(self, upload: _Upload) -> Batch:
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(upload.arrived)
+        for tensor in upload.batch.embeddings().values():
+            tensor.record_stream(stream)  # so that its memory is not given to the next copy while in use here
+        return upload.batch

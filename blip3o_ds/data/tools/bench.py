@@ -1,0 +1,279 @@
+"""How fast samples come off a disk or out of the page cache, beside what the machine could do: `blip3o-ds data bench`.
+
+Every way of reading delivers the same samples in the same run and process; the bytes counted are those of their
+tensors, so the rates compare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pickle
+import platform
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from blip3o_ds.data.format.codec import stored_tensors
+from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.reading.remote import is_remote
+from blip3o_ds.data.reading.source import load_manifest
+from blip3o_ds.errors import DataError
+
+BATCH = 8  # samples, of every way that makes batches
+_SAMPLES, _SAMPLES_PER_SHARD = 512, 64
+_SPEC = DatasetSpec(256, "patch_only", 4096, 1024, "bf16", "eva-clip-8b", "clip-vit-l14")
+_MOST_BYTES = 4 << 30  # of the shards that are read
+_LARGE = 1 << 30  # bytes of the buffers of the memory copy, at most: far more than any cache
+_CHUNK = 1 << 22
+_BUFFERS = 4  # of the loader, a batch in each
+_ROUNDS = 5
+
+
+def bench(dataset_dir: str | Path | None = None) -> dict[str, Any]:
+    """Time each way of reading on a dataset's shards, or on a temporary dataset of 512 samples of real size.
+
+    Warm (from the page cache) and cold (evicted from it), each the best of five rounds over all ways; the loader warm
+    in the second epoch after its opening, cold in the first. Returns `machine`, `samples`, `sample_bytes` and `rows`,
+    each with `name`, `state`, `samples_per_second`, `gib_per_second` and `ratio_to_memory_copy`; and the factors of the
+    loader over the others, warm. A dataset that is given has no pickles beside it and is read up to 4 GiB, and cold
+    rows are left out where the files cannot be evicted, as on tmpfs.
+    """
+    with ExitStack() as stack:
+        pickles: list[Path] = []
+        if dataset_dir is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blip3o-bench-")))
+            dataset_dir = folder / "dataset"
+            _write_dataset(dataset_dir)
+            pickles = _write_pickles(dataset_dir, folder)
+        elif is_remote(dataset_dir):
+            raise DataError(f"{dataset_dir}: the bench reads a local or shared file system, not a URL")
+        manifest = load_manifest(dataset_dir)
+        if manifest.selection is not None:
+            raise DataError(
+                f"{dataset_dir} is a split of {manifest.selection.of}; give that, the bench reads whole tars"
+            )
+        ends = np.cumsum([shard.num_bytes for shard in manifest.shards])
+        dataset = EmbeddingDataset(dataset_dir, max_shards=max(1, int((ends <= _MOST_BYTES).sum())))
+        stack.callback(dataset.close)
+        return _run(dataset, Path(dataset_dir), pickles)
+
+
+def format_bench(result: dict[str, Any]) -> str:
+    """The rows as a table."""
+    lines = [f"{'':28}{'':6}{'samples/s':>11}{'GiB/s':>8}{'of memory copy':>16}"]
+    lines += [
+        f"{row['name']:28}{row['state']:6}{row['samples_per_second']:11.0f}{row['gib_per_second']:8.2f}"
+        f"{row['ratio_to_memory_copy']:16.2f}"
+        for row in result["rows"]
+    ]
+    lines += [f"{name.replace('_', ' ')}: {value:.2f}" for name, value in result["factors"].items()]
+    return "\n".join(lines)
+
+
+def _run(dataset: EmbeddingDataset, folder: Path, pickles: list[Path]) -> dict[str, Any]:
+    tars = [folder / shard.name for shard in dataset.manifest.shards[: len(dataset.shard_sizes)]]
+    sample_bytes = sum(tensor.num_bytes for tensor in stored_tensors(dataset.spec))
+    num_samples = len(dataset)
+    total = num_samples * sample_bytes
+    ways = {
+        "sequential read": _timed(lambda: _read_through(tars)),
+        "tarfile": _timed(lambda: _read_tars(tars)),
+        "webdataset": _timed(lambda: _drain(_webdataset_batches(tars))),
+    }
+    if pickles:
+        ways["pickled shards"] = _timed(lambda: _drain(_pickled_batches(pickles)))
+    warm = {
+        "memory copy": _timed(_memory_copy(total, _LARGE)),
+        "memory copy, reused buffer": _timed(_memory_copy(total, _BUFFERS * BATCH * sample_bytes)),
+        **ways,
+        "loader": lambda: _time_loader(dataset, epoch=1),
+    }
+    cold = {**ways, "loader": lambda: _time_loader(dataset, epoch=0)}
+    _read_through(tars + pickles)
+    seconds = {(name, "warm"): best for name, best in _best(warm).items()}
+    if _evict(tars):
+        seconds |= {(name, "cold"): best for name, best in _best(cold, lambda: _evict(tars + pickles)).items()}
+    copy = seconds["memory copy", "warm"]
+    rows = [
+        {
+            "name": name,
+            "state": state,
+            "samples_per_second": num_samples / elapsed,
+            "gib_per_second": total / elapsed / 2**30,
+            "ratio_to_memory_copy": copy / elapsed,
+        }
+        for (name, state), elapsed in seconds.items()
+    ]
+    factors = {
+        f"loader_over_{name.replace(' ', '_')}": seconds[name, "warm"] / seconds["loader", "warm"] for name in ways
+    }
+    return {
+        "machine": _machine(),
+        "samples": num_samples,
+        "sample_bytes": sample_bytes,
+        "rows": rows,
+        "factors": factors,
+    }
+
+
+def _best(ways: dict[str, Callable[[], float]], prepare: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    """The least seconds of each in some rounds over all of them, so that what else the machine does hits all alike."""
+    seconds = dict.fromkeys(ways, math.inf)
+    for _ in range(_ROUNDS):
+        for name, time_once in ways.items():
+            prepare()
+            seconds[name] = min(seconds[name], time_once())
+    return seconds
+
+
+def _timed(read: Callable[[], Any]) -> Callable[[], float]:
+    def time_once() -> float:
+        started = time.perf_counter()
+        read()
+        return time.perf_counter() - started
+
+    return time_once
+
+
+def _memory_copy(total: int, target_bytes: int) -> Callable[[], None]:
+    """Copies `total` bytes out of a large buffer into one of at most `target_bytes`, again and again."""
+    source = np.ones(min(total, _LARGE), np.uint8)
+    target = np.ones(min(len(source), target_bytes), np.uint8)
+
+    def copy() -> None:
+        left = total
+        while left:
+            for start in range(0, len(source), len(target)):
+                count = min(len(target), len(source) - start, left)
+                np.copyto(target[:count], source[start : start + count])
+                left -= count
+
+    return copy
+
+
+def _read_through(paths: list[Path]) -> None:
+    chunk = memoryview(bytearray(_CHUNK))
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(chunk):
+                pass
+
+
+def _read_tars(tars: list[Path]) -> None:
+    for path in tars:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.name.endswith(".safetensors"):
+                    content = tar.extractfile(member)
+                    assert content is not None  # it is a regular file
+                    content.read()
+
+
+def _webdataset_batches(tars: list[Path]) -> Iterator[Any]:
+    import webdataset
+
+    samples = webdataset.WebDataset([str(path) for path in tars], shardshuffle=False, empty_check=False)
+    return iter(samples.map(lambda sample: safetensors.torch.load(sample["safetensors"])).batched(BATCH, _stack))
+
+
+def _stack(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    names = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]  # and not where it lay
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+
+
+def _pickled_batches(pickles: list[Path]) -> Iterator[Any]:
+    for path in pickles:
+        with open(path, "rb") as file:
+            shard = pickle.load(file)  # written by this process
+        eva, clip = shard["eva_blip3o_embeddings"], shard["clip_blip3o_embeddings"]
+        for rows in torch.randperm(len(eva)).split(BATCH):
+            yield eva[rows], clip[rows]
+
+
+def _time_loader(dataset: EmbeddingDataset, epoch: int) -> float:
+    """Seconds of the steps of this epoch, the first one from the loader's opening on."""
+    batch = min(BATCH, len(dataset))
+    steps = math.ceil(len(dataset) / batch)
+    started = time.perf_counter()
+    with EmbeddingLoader(
+        dataset,
+        GlobalOrder(dataset.shard_sizes, seed=0),
+        micro_batch_size=batch,
+        gradient_accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        prefetch=_BUFFERS - 2,
+    ) as loader:
+        for step in range((epoch + 1) * steps):
+            if epoch and step == epoch * steps:
+                started = time.perf_counter()
+            loader.next_step()
+        return time.perf_counter() - started
+
+
+def _drain(batches: Iterator[Any]) -> None:
+    for _ in batches:
+        pass
+
+
+def _evict(paths: list[Path]) -> bool:
+    """Drop the files from the page cache; False where the system keeps them."""
+    gone = True
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(BlockingIOError):  # it would have to come from the disk
+                gone &= os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT) != 1
+    return gone
+
+
+def _write_dataset(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((_SPEC.num_tokens, _SPEC.eva_dim), (_SPEC.num_tokens, _SPEC.clip_dim))
+    pool = [[torch.randn(shape, generator=generator).bfloat16() for shape in shapes] for _ in range(8)]
+    with DatasetWriter(folder, _SPEC, _SAMPLES_PER_SHARD) as writer:
+        for i in range(_SAMPLES):
+            writer.write(f"sample{i:06d}", *pool[i % len(pool)], {"caption": f"sample {i}"})
+
+
+def _write_pickles(dataset_dir: Path, folder: Path) -> list[Path]:
+    """The same samples as the pickles that `data convert` reads."""
+    paths = []
+    dataset = EmbeddingDataset(dataset_dir)
+    for shard, size in enumerate(dataset.shard_sizes):
+        samples = [dataset.read(shard, index) for index in range(size)]
+        content = {
+            "eva_blip3o_embeddings": torch.stack([sample.eva for sample in samples]),
+            "clip_blip3o_embeddings": torch.stack([sample.clip for sample in samples]),
+            "captions": [""] * size,
+            "keys": [sample.key for sample in samples],
+        }
+        paths.append(folder / f"embeddings_shard_{shard:05d}_patch_only.pkl")
+        paths[-1].write_bytes(pickle.dumps(content, protocol=4))
+    return paths
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }

@@ -1,0 +1,272 @@
+"""Pickled embedding shards to a dataset: `convert`, one pickle in memory at a time; it recasts datasets as well.
+
+The pickles are read without running them (see `pickles.py`), and a conversion that was interrupted goes on when it is
+asked for again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from blip3o_ds.data.format.schema import MANIFEST_NAME, DatasetSpec, Manifest, StorageDType, TokenLayout
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.remote import is_remote
+from blip3o_ds.data.tools.pickles import load_pickle
+from blip3o_ds.data.tools.recast import recast
+from blip3o_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_EVA = "eva_blip3o_embeddings"
+_CLIP = "clip_blip3o_embeddings"
+_SOURCE_NAME = re.compile(r"embeddings_shard_(\d+)(?:_(patch_only|cls_patch))?\.pkl")
+# The pair that these pickles are made with; other widths come from encoders that the pickle does not name.
+_PUBLISHED_DIMS = (4096, 1024)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    token_layout: TokenLayout | None = None,
+    dtype: StorageDType = "bf16",
+    samples_per_shard: int = 512,
+) -> dict[str, Any]:
+    """Convert pickled shards, or another dataset, to a dataset in `dst`; finishes what was interrupted.
+
+    `src` is a dataset (see `recast`), one pickle or a folder of `embeddings_shard_00000_patch_only.pkl` (or
+    `_cls_patch.pkl`) files, each a dict with `eva_blip3o_embeddings` [S, N, De], `clip_blip3o_embeddings` [S, N, Dc],
+    `captions` and `keys`.
+    `token_layout="patch_only"` drops the CLS token of data that hold one; None keeps what is there. Returns counts,
+    the specification, and under `cost` what the stored dtype does to each side (see
+    `Distortion.to_dict`). Raises DataError that names the file and the field.
+    """
+    if is_dataset(src):
+        return recast(src, dst, token_layout=token_layout, dtype=dtype, samples_per_shard=samples_per_shard)
+    sources = _find_sources(Path(src), token_layout)
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        writer: DatasetWriter | None = None
+        for path in tqdm(sources, desc="convert", unit="file", disable=None):
+            shard = _read_shard(path, token_layout)
+            spec = shard.spec(dtype)
+            if writer is None:
+                writer = _open_writer(Path(dst), spec, samples_per_shard, sources)
+                stack.enter_context(writer)
+                finished = done = writer.done_keys()
+            elif spec != writer.spec:
+                raise DataError(
+                    f"{path}: {_describe(spec)}, but {sources[0].name} has {_describe(writer.spec)}; all shards of a "
+                    "dataset must agree, convert them apart"
+                )
+            _write_shard(writer, shard, seen, done)
+            del shard  # before the next is read: one in memory at a time
+        _check_nothing_else(Path(dst), finished, seen)
+    manifest = Manifest.load(dst)
+    return {
+        "source_files": len(sources),
+        "samples": manifest.num_samples,
+        "samples_found_done": len(finished),
+        "shards": len(manifest.shards),
+        "bytes": sum(info.num_bytes for info in manifest.shards),
+        "spec": manifest.spec.to_dict(),
+        "cost": writer.cost(),
+    }
+
+
+def is_dataset(src: str | Path) -> bool:
+    """Whether `src` is a dataset's folder or a URL, and not pickles."""
+    return is_remote(src) or (Path(src) / MANIFEST_NAME).exists()
+
+
+@dataclass(frozen=True)
+class _PickledShard:
+    """One pickle, checked: tensors [S, N, D] in the layout asked for, and per sample a key and metadata."""
+
+    path: Path
+    token_layout: TokenLayout
+    eva: Tensor
+    clip: Tensor
+    keys: list[str]
+    metas: list[dict[str, Any]]
+
+    def spec(self, dtype: StorageDType) -> DatasetSpec:
+        dims = (self.eva.shape[2], self.clip.shape[2])
+        encoders = ("eva-clip-8b", "clip-vit-l14") if dims == _PUBLISHED_DIMS else ("unknown", "unknown")
+        return DatasetSpec(self.eva.shape[1], self.token_layout, *dims, dtype, *encoders)
+
+
+def _find_sources(src: Path, token_layout: TokenLayout | None) -> list[Path]:
+    if src.is_file():
+        return [src]
+    if not src.is_dir():
+        raise DataError(f"{src}: not found; give a pickled shard or a folder of them")
+    found = {path: match for path in src.iterdir() if (match := _SOURCE_NAME.fullmatch(path.name))}
+    if not found:
+        raise DataError(
+            f"{src}: holds no file named like embeddings_shard_00000_patch_only.pkl; give the folder that the "
+            "embedding extraction wrote"
+        )
+    layouts = {match[2] for match in found.values()}
+    if len(layouts) > 1:
+        # The same images in both layouts: each sample would come twice.
+        if token_layout not in layouts:
+            raise DataError(f"{src}: holds shards of several layouts; say which with token_layout (--training_mode)")
+        found = {path: match for path, match in found.items() if match[2] == token_layout}
+    return sorted(found, key=lambda path: (int(found[path][1]), path.name))
+
+
+def _open_writer(dst: Path, spec: DatasetSpec, samples_per_shard: int, sources: list[Path]) -> DatasetWriter:
+    extra = {"converted_from": [path.name for path in sources]}
+    return DatasetWriter.resume(dst, spec, samples_per_shard, extra)
+
+
+def _write_shard(writer: DatasetWriter, shard: _PickledShard, seen: set[str], done: set[str]) -> None:
+    for i, (key, meta) in enumerate(zip(shard.keys, shard.metas, strict=True)):
+        if key in seen:
+            raise DataError(f"{shard.path}: field 'keys': {meta.get('original_key', key)!r} comes twice")
+        seen.add(key)
+        if key in done:
+            continue
+        for field, values in ((_EVA, shard.eva[i]), (_CLIP, shard.clip[i])):
+            if not torch.isfinite(values).all():
+                raise DataError(f"{shard.path}: field {field!r}: sample {key!r} (number {i}) holds NaN or infinity")
+        try:
+            writer.write(key, shard.eva[i], shard.clip[i], meta)
+        except DataError as error:
+            raise DataError(f"{shard.path}: {error}") from error
+
+
+def _check_nothing_else(dst: Path, finished: set[str], seen: set[str]) -> None:
+    if foreign := sorted(finished - seen):
+        raise DataError(
+            f"{dst}: holds {len(foreign)} samples that are not in the source, such as {foreign[0]!r}; it belongs to "
+            "another conversion, give an empty folder"
+        )
+
+
+def _describe(spec: DatasetSpec) -> str:
+    return f"{spec.num_tokens} tokens ({spec.token_layout}), {_EVA} {spec.eva_dim} wide, {_CLIP} {spec.clip_dim} wide"
+
+
+def _read_shard(path: Path, token_layout: TokenLayout | None) -> _PickledShard:
+    content = load_pickle(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a pickled dict, found {type(content).__name__}")
+    eva, clip = _embeddings(content, _EVA, path), _embeddings(content, _CLIP, path)
+    if eva.shape[:2] != clip.shape[:2]:
+        raise DataError(
+            f"{path}: field {_EVA!r} is {list(eva.shape)} and {_CLIP!r} {list(clip.shape)}; the first two sizes "
+            "(samples, tokens) must agree"
+        )
+    layout = _detect_layout(eva.shape[1], path)
+    if token_layout == "cls_patch" and layout == "patch_only":
+        raise DataError(
+            f"{path}: cls_patch asked, but field {_EVA!r} holds {eva.shape[1]} patch tokens and no CLS token; "
+            "convert as patch_only, or extract the embeddings with the CLS token"
+        )
+    if token_layout == "patch_only" and layout == "cls_patch":
+        eva, clip, layout = eva[:, 1:], clip[:, 1:], token_layout
+    keys, metas = _keys_and_metas(content, len(eva), path)
+    return _PickledShard(path, layout, eva, clip, keys, metas)
+
+
+def _embeddings(content: dict, field: str, path: Path) -> Tensor:
+    if field not in content:
+        raise DataError(f"{path}: field {field!r} is missing; found {', '.join(map(str, content))}")
+    values = content[field]
+    if isinstance(values, np.ndarray):
+        # Big-endian arrays are native after this; all others stay as they are.
+        values = torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), copy=None, subok=False))
+    if not isinstance(values, Tensor):
+        raise DataError(f"{path}: field {field!r} must be a tensor or an array, found {type(values).__name__}")
+    if values.ndim != 3 or 0 in values.shape or not values.is_floating_point():
+        raise DataError(
+            f"{path}: field {field!r} must be floating point [samples, tokens, channels], found {values.dtype} "
+            f"{list(values.shape)}"
+        )
+    return values.detach()
+
+
+def _detect_layout(num_tokens: int, path: Path) -> TokenLayout:
+    if math.isqrt(num_tokens) ** 2 == num_tokens:
+        return "patch_only"
+    if math.isqrt(num_tokens - 1) ** 2 == num_tokens - 1:
+        return "cls_patch"
+    raise DataError(
+        f"{path}: field {_EVA!r} holds {num_tokens} tokens, neither a square grid (patch_only, such as 256) nor one "
+        "and a CLS token (cls_patch, such as 257)"
+    )
+
+
+def _keys_and_metas(content: dict, count: int, path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    originals = _listed(content, "keys", count, path)
+    captions = _listed(content, "captions", count, path)
+    others = _per_sample_fields(content, count, path)
+    keys, metas = [], []
+    for i in range(count):
+        original = f"{path.stem}_{i:06d}" if originals is None else str(originals[i])
+        key = _safe_key(original)
+        meta: dict[str, Any] = {name: values[i] for name, values in others.items()}
+        if captions is not None:
+            meta["caption"] = captions[i]
+        if key != original:
+            meta["original_key"] = original
+        keys.append(key)
+        metas.append(meta)
+    return keys, metas
+
+
+def _listed(content: dict, field: str, count: int, path: Path) -> list | None:
+    values = content.get(field)
+    if values is None:
+        logger.info("%s: no field %r", path, field)
+        return None
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise DataError(f"{path}: field {field!r} must be a list, found {type(values).__name__}")
+    if len(values) != count:
+        raise DataError(f"{path}: field {field!r} has {len(values)} entries for {count} samples")
+    return list(values)
+
+
+def _per_sample_fields(content: dict, count: int, path: Path) -> dict[str, list]:
+    """Other lists with one plain value a sample; they go to the sample's JSON, everything else is left out."""
+    kept, left_out = {}, []
+    for name, values in content.items():
+        if name in (_EVA, _CLIP, "keys", "captions"):
+            continue
+        if isinstance(values, list) and len(values) == count and all(map(_is_plain, values)):
+            kept[str(name)] = values
+        else:
+            left_out.append(str(name))
+    if left_out:
+        logger.info("%s: left out fields %s, which hold no plain value for each sample", path, ", ".join(left_out))
+    return kept
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int)
+
+
+def _safe_key(original: str) -> str:
+    """`original` where webdataset can hold it; otherwise its unsafe signs replaced, and a hash to keep it unique."""
+    safe = "".join(sign if sign.isprintable() and sign not in "./" else "_" for sign in original)
+    if safe == original and original:
+        return original
+    return f"{safe}-{hashlib.sha256(original.encode(errors='surrogatepass')).hexdigest()[:8]}"

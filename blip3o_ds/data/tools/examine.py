@@ -1,0 +1,246 @@
+"""One shard looked at whole, by its tar and not by its index: what `verify` reports and `repair` acts on.
+
+Every byte is read once, for the checksum, the samples and their statistics together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from torch import Tensor
+from tqdm import tqdm
+
+from blip3o_ds.data.format.codec import check_finite, check_scale, decode, parse_header, stored_tensors
+from blip3o_ds.data.format.index import MEMBERS, ShardIndex, index_path
+from blip3o_ds.data.format.moments import ChannelMoments
+from blip3o_ds.data.format.schema import ChannelStats, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.format.tar import Member, TarWalk
+from blip3o_ds.data.reading.source import Source
+from blip3o_ds.errors import DataError
+
+SIDES = ("eva", "clip")
+_MAX_WORKERS = 8
+
+
+def no_moments(spec: DatasetSpec) -> dict[str, ChannelMoments]:
+    """Of each side, those of no tokens."""
+    return {"eva": ChannelMoments.empty(spec.eva_dim), "clip": ChannelMoments.empty(spec.clip_dim)}
+
+
+@dataclass
+class ShardReport:
+    """What a shard holds, and what is wrong with it."""
+
+    path: Path
+    spec: DatasetSpec
+    num_bytes: int = 0
+    sha256: str = ""
+    keys: list[str] = field(default_factory=list)  # of all samples in the tar, in order
+    selected: int = 0  # of them, the samples that the manifest selects
+    damage: list[str] = field(default_factory=list)  # of the tar as a whole
+    bad: dict[int, str] = field(default_factory=dict)  # by the sample's number, what is wrong with it
+    is_broken: bool = False  # the walk through the tar ended before its end
+    index: ShardIndex | None = None
+    index_agrees: bool = False  # it says of every sample what the tar does
+    index_problems: list[str] = field(default_factory=list)
+    moments: dict[str, ChannelMoments] = field(init=False)  # of the sound samples
+    selected_moments: dict[str, ChannelMoments] = field(init=False)
+    offsets: dict[str, list[int]] = field(init=False)  # as an index has them
+
+    def __post_init__(self) -> None:
+        self.moments, self.selected_moments = no_moments(self.spec), no_moments(self.spec)
+        self.offsets = {name: [] for name in (*MEMBERS, *(tensor.name for tensor in stored_tensors(self.spec)))}
+
+    @property
+    def problems(self) -> list[str]:
+        return [*self.damage, *self.bad.values(), *self.index_problems]
+
+    def own_index(self) -> ShardIndex:
+        """The index of this tar, made from it; only for a tar without bad samples."""
+        arrays = {name: np.array(values, dtype=np.int64) for name, values in self.offsets.items()}
+        return ShardIndex(
+            spec=self.spec,
+            keys=self.keys,
+            num_bytes=self.num_bytes,
+            sha256=self.sha256,
+            members={name: arrays[name] for name in MEMBERS},
+            tensors={tensor.name: arrays[tensor.name] for tensor in stored_tensors(self.spec)},
+            eva_moments=self.moments["eva"],
+            clip_moments=self.moments["clip"],
+        )
+
+
+def examine(path: Path, info: ShardInfo, manifest: Manifest) -> ShardReport:
+    """Read the shard at `path`, which the manifest lists as `info`; never raises for what is wrong with it."""
+    report = ShardReport(path, manifest.spec)
+    if not path.is_file():
+        report.damage.append(f"{path}: listed in the manifest, but missing; copy the dataset again")
+        return report
+    report.index = _open_index(path, info, manifest, report.index_problems)
+    walk = TarWalk(path)
+    try:
+        _walk(walk, manifest, report)
+    except DataError as error:
+        report.damage.append(str(error))
+        return report
+    report.num_bytes, report.sha256 = walk.num_bytes, walk.sha256
+    if walk.num_bytes != info.num_bytes:
+        report.damage.append(f"{path}: {walk.num_bytes} bytes, the manifest says {info.num_bytes}; copy it again")
+    elif walk.sha256 != info.sha256:
+        report.damage.append(f"{path}: its SHA-256 is not the manifest's; copy or write it again")
+    report.is_broken = walk.damage is not None
+    if report.is_broken:
+        report.damage.append(f"{path}: the tar cannot be read after {len(report.keys)} samples ({walk.damage})")
+    if report.selected != info.num_samples:
+        report.damage.append(f"{path}: holds {report.selected} samples, the manifest says {info.num_samples}")
+    if report.index is not None:
+        disagreements = _compare_with_index(report, report.index)
+        report.index_agrees = not disagreements and not report.is_broken
+        report.index_problems += disagreements
+    return report
+
+
+def examine_all(source: Source, manifest: Manifest, workers: int | None = None) -> Iterator[ShardReport]:
+    """The report of every shard, in the manifest's order; `workers` are read at a time, in threads.
+
+    Hashing and the arithmetic leave Python's lock to the others. A shard that cannot be fetched is reported as damaged.
+    """
+
+    def look_at(info: ShardInfo) -> ShardReport:
+        try:
+            file = source.open(info)
+        except DataError as error:  # of a URL
+            return ShardReport(Path(info.name), manifest.spec, damage=[str(error)])
+        return examine(file.path, info, manifest)
+
+    workers = min(_MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[ShardReport]] = deque()
+        for info in tqdm(manifest.shards, desc="verify", unit="shard", disable=None):
+            pending.append(pool.submit(look_at, info))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def read_sample(member: Member, spec: DatasetSpec, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a sample as stored, and its metadata; raises DataError for anything wrong with it."""
+    for suffix, content in (("safetensors", member.tensors), ("json", member.meta)):
+        if not content:
+            raise DataError(f"{where}: its .{suffix} is missing")
+    parse_header(member.tensors, spec, where)
+    try:
+        tensors = safetensors.torch.load(member.tensors)
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{where}: its .safetensors is damaged ({error})") from error
+    for side in SIDES:
+        check_finite(tensors[side], side, where)
+        if (scale := tensors.get(f"{side}_scale")) is not None:
+            check_scale(scale, side, where)
+    try:
+        return tensors, json.loads(member.meta)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: its .json is damaged ({error})") from error
+
+
+def sample_moments(tensors: dict[str, Tensor]) -> dict[str, ChannelMoments]:
+    """Of the values of each side as they are read, over a sample's tokens."""
+    decoded = {side: decode(tensors[side], tensors.get(f"{side}_scale")) for side in SIDES}
+    return {side: ChannelMoments.of(values.float().numpy()) for side, values in decoded.items()}
+
+
+def compare_stats(label: str, stored: ChannelStats, found: ChannelMoments) -> list[str]:
+    """What to report where statistics differ by more than rounding."""
+    recomputed = found.to_stats()
+    scale = np.sqrt(recomputed.var + np.square(recomputed.mean))  # of a channel's values
+    mean_off = np.abs(stored.mean - recomputed.mean) > 1e-6 * scale
+    var_off = np.abs(stored.var - recomputed.var) > 1e-6 * np.square(scale)
+    if stored.count == recomputed.count and not mean_off.any() and not var_off.any():
+        return []
+    return [f"{label} differ from those of the data in {int((mean_off | var_off).sum())} channels"]
+
+
+def _open_index(path: Path, info: ShardInfo, manifest: Manifest, problems: list[str]) -> ShardIndex | None:
+    try:
+        index = ShardIndex.load(index_path(path))
+    except DataError as error:
+        problems.append(str(error))
+        return None
+    selected = index.keys if manifest.selection is None else manifest.selection.rows(index.keys)
+    if ShardInfo(info.name, len(selected), index.num_bytes, index.sha256) != info:
+        problems.append(f"{index_path(path)}: its sample count, size or checksum is not the manifest's")
+    if index.spec != manifest.spec:
+        problems.append(
+            f"{index_path(path)}: its spec differs from the manifest's ({index.spec.differences(manifest.spec)})"
+        )
+        return None
+    return index
+
+
+def _walk(walk: TarWalk, manifest: Manifest, report: ShardReport) -> None:
+    spec, selection = manifest.spec, manifest.selection
+    first_header: bytes | None = None
+    for number, member in enumerate(walk):
+        report.keys.append(member.key)
+        chosen = selection is None or selection.rows([member.key]).size > 0
+        report.selected += chosen
+        where = f"{report.path}: sample {member.key!r}"
+        try:
+            tensors, _ = read_sample(member, spec, where)
+            length, relative = parse_header(member.tensors, spec, where)
+            first_header = first_header or member.tensors[:length]
+            if member.tensors[:length] != first_header:
+                raise DataError(f"{where}: its safetensors header is not that of the shard's other samples")
+        except DataError as error:
+            report.bad[number] = str(error)
+            relative = {}
+        else:
+            of_sample = sample_moments(tensors)
+            report.moments = {side: report.moments[side].merge(of_sample[side]) for side in SIDES}
+            if chosen:
+                sums = report.selected_moments
+                report.selected_moments = {side: sums[side].merge(of_sample[side]) for side in SIDES}
+        _note_offsets(report, member, relative)
+
+
+def _note_offsets(report: ShardReport, member: Member, relative: dict[str, int]) -> None:
+    found = {
+        "tensors_offset": member.tensors_offset,
+        "tensors_size": len(member.tensors),
+        "meta_offset": member.meta_offset,
+        "meta_size": len(member.meta),
+        **{name: member.tensors_offset + offset for name, offset in relative.items()},
+    }
+    for name, offsets in report.offsets.items():
+        offsets.append(found.get(name, -1))  # of a bad sample, unknown
+
+
+def _compare_with_index(report: ShardReport, index: ShardIndex) -> list[str]:
+    path, problems = index_path(report.path), []
+    if report.keys != list(index.keys):
+        return [f"{path}: its keys are not those of the tar; `blip3o-ds data repair` rebuilds it"]
+    differs = np.zeros(len(report.keys), dtype=bool)
+    for name, listed in {**index.members, **index.tensors}.items():
+        found = np.array(report.offsets[name])
+        differs |= (found >= 0) & (found != listed)
+    for number in np.flatnonzero(differs).tolist():
+        problems.append(
+            f"{report.path}: sample {report.keys[number]!r}: the index points elsewhere; `blip3o-ds data repair` "
+            "rebuilds it"
+        )
+    for side in SIDES:
+        stored: ChannelMoments = getattr(index, f"{side}_moments")
+        if report.moments[side].count == stored.count:
+            label = f"{path}: statistics of {side}"
+            problems += compare_stats(label, stored.to_stats(), report.moments[side])
+    return problems

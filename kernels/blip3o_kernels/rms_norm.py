@@ -1,0 +1,253 @@
+"""RMSNorm over channels with an optional modulation per sample, forward and backward (Zhang & Sennrich 2019).
+
+A program keeps whole rows in registers, so every tensor is read once; the backward recomputes the norm from x, which it
+reads anyway. Sums over tokens go through partial sums in a fixed order: gradients repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blip3o_kernels import reference
+from blip3o_kernels.autograd import differentiable, differentiable_once
+from blip3o_kernels.checks import check_rms_norm
+from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.launch import (
+    ROW_OPTIONS,
+    RowConfig,
+    SumConfig,
+    as_rows,
+    cdiv,
+    choose,
+    dense,
+    next_power_of_2,
+    parameter_dtypes,
+    row_candidates,
+    row_config,
+    row_stride,
+    shape_class,
+    sum_candidates,
+    sum_config,
+    too_wide,
+)
+from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
+
+
+@triton.jit(do_not_specialize=["N", "blocks"])
+def _forward_kernel(
+    x, weight, scale, y, x_b, x_n, scale_b, N, blocks, eps, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BD)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    gain = load_gain(weight, scale, b * scale_b, d, D)
+    values = tl.load(x + b * x_b + n[:, None] * x_n + d[None, :], mask=inside, other=0).to(tl.float32)
+    out = values * inverse_rms(values, n < N, eps, D) * gain[None, :]
+    tl.store(y + (b * N + n)[:, None] * D + d[None, :], rounded(out, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "splits", "tiles"])
+def _backward_kernel(
+    dy, x, weight, scale, dx, partial, dy_b, dy_n, x_b, x_n, scale_b, N, splits, tiles, eps,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // splits).to(tl.int64)
+    first = (tl.program_id(0) % splits).to(tl.int64) * tiles * ROWS
+    d = tl.arange(0, BD)
+    gain = load_gain(weight, scale, b * scale_b, d, D)[None, :]
+    total = tl.zeros([ROWS, BD], tl.float32)  # of dy * normed, which the gradients of weight and scale are made of
+    for tile in range(tiles):
+        n = first + tile * ROWS + tl.arange(0, ROWS)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        values = tl.load(x + b * x_b + n[:, None] * x_n + d[None, :], mask=inside, other=0).to(tl.float32)
+        upstream = tl.load(dy + b * dy_b + n[:, None] * dy_n + d[None, :], mask=inside, other=0).to(tl.float32)
+        rstd = inverse_rms(values, n < N, eps, D)
+        total += upstream * (values * rstd)
+        out = norm_gradient(upstream * gain, values, rstd, D)
+        tl.store(dx + (b * N + n)[:, None] * D + d[None, :], rounded(out, dx.dtype.element_ty), mask=inside)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _factor_gradient_kernel(
+    partial, weight, factor, d_factor, products, factor_b, splits,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    d = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    total = sum_rows(partial + b * splits * D, d, splits, D, BD, ROWS)
+    value = load_row(factor + b * factor_b, d, D)
+    gradient = load_row(weight, d, D) * total
+    if GATE:
+        value = tanh(value)
+        gradient *= 1 - value * value
+    else:
+        value += 1
+    tl.store(d_factor + b * D + d, rounded(gradient, d_factor.dtype.element_ty), mask=d < D)
+    tl.store(products + b * D + d, value * total, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _column_sums_kernel(rows, sums, count, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    total = sum_rows(rows, d, count, D, BD, ROWS)
+    tl.store(sums + d, rounded(total, sums.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def sum_rows(rows, d, count, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    """Sum of `[count, D]` fp32 over its rows, at channels d, in an order that depends on the count alone."""
+    total = tl.zeros([ROWS, BD], tl.float32)
+    for first in range(0, count, ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        total += tl.load(rows + row * D + d[None, :], mask=(row < count) & (d < D)[None, :], other=0)
+    return tl.sum(total, axis=0)
+
+
+def launch_forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
+    """y of x's shape, contiguous."""
+    rows, weight, scale = as_rows(x, scale is not None), weight.contiguous(), dense(scale)
+    B, N, D = rows.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    config = choose("rms_norm", shape_class(x.dtype, D=D), x, forward_rule(N, D))
+    blocks = cdiv(N, config.rows)
+    with torch.cuda.device_of(x):
+        _forward_kernel[(B * blocks,)](
+            rows, weight, scale, y, rows.stride(0), rows.stride(1), row_stride(scale), N, blocks, eps,
+            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
+        )  # fmt: skip
+    return y
+
+
+def launch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and scale; the last is an empty tensor without a scale."""
+    per_sample = scale is not None
+    rows, upstream, weight, scale = as_rows(x, per_sample), as_rows(dy, per_sample), weight.contiguous(), dense(scale)
+    B, N, D = rows.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    config = choose("rms_norm_backward", shape_class(x.dtype, D=D), x, backward_rule(N, D))
+    splits, tiles = config.split(B, N)
+    partial = torch.empty(B, splits, D, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _backward_kernel[(B * splits,)](
+            upstream, rows, weight, scale, dx, partial, upstream.stride(0), upstream.stride(1), rows.stride(0),
+            rows.stride(1), row_stride(scale), N, splits, tiles, eps,
+            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
+        )  # fmt: skip
+    return dx, *gain_gradients(partial, weight, scale, gate=False)
+
+
+def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of `weight` and `factor` whose gain is `weight * (1 + factor)`, or `weight * tanh(factor)` with `gate`.
+
+    Args:
+        partial: `[B, splits, D]` fp32, sums over a part of a sample's tokens of upstream gradient times normed input.
+        factor: `[B, D]`, or None; its gradient is then an empty tensor.
+    """
+    B, splits, D = partial.shape
+    d_weight = torch.empty_like(weight)
+    with torch.cuda.device_of(partial):
+        if factor is None:
+            rows, d_factor = partial.view(B * splits, D), weight.new_empty(0)
+        else:
+            rows = torch.empty(B, D, dtype=torch.float32, device=weight.device)
+            d_factor = torch.empty(B, D, dtype=factor.dtype, device=weight.device)
+            _factor_gradient_kernel[(B * cdiv(D, 64),)](
+                partial, weight, factor, d_factor, rows, factor.stride(0), splits,
+                D, 64, 32, gate, num_warps=4, **ROW_OPTIONS,
+            )  # fmt: skip
+        _column_sums_kernel[(cdiv(D, 32),)](
+            rows, d_weight, rows.shape[0], D, 32, 128, num_warps=8, **ROW_OPTIONS
+        )  # fmt: skip
+    return d_weight, d_factor
+
+
+def forward_rule(N: int, D: int) -> RowConfig:
+    """The default configuration of the forward kernel."""
+    return row_config(N, D, elements_per_thread=32)
+
+
+def backward_rule(N: int, D: int) -> SumConfig:
+    """The default configuration of the backward kernel, which holds two tiles and their sum."""
+    return sum_config(N, D, elements_per_thread=16)
+
+
+def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
+    """What a search tries for each kernel."""
+    return {"rms_norm": row_candidates(D, (8, 16, 32, 64)), "rms_norm_backward": sum_candidates(D, (8, 16, 32))}
+
+
+def launches(shape: Any, dtype: torch.dtype) -> None:
+    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
+    B, N, D = shape.batch_size, shape.num_tokens, shape.hidden_size
+    x = torch.empty(B, N, D, dtype=dtype, device="meta")
+    scale = torch.empty(B, 6 * D, dtype=dtype, device="meta")[:, :D]
+    for parameters in parameter_dtypes(dtype):
+        for modulation in (scale, None):
+            weight = torch.empty(D, dtype=parameters, device="meta")
+            launch_forward(x, weight, modulation, 1e-6)
+            launch_backward(x, x, weight, modulation, 1e-6)
+
+
+@torch.library.custom_op("blip3o::rms_norm", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
+    return launch_forward(x, weight, scale, eps)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("blip3o::rms_norm_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_backward(dy, x, weight, scale, eps)
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    d_scale = weight.new_empty(0) if scale is None else torch.empty(scale.shape, dtype=scale.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(weight.shape), d_scale
+
+
+_rms_norm_backward = differentiable_once(_backward)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scale = ctx.saved_tensors
+    dx, d_weight, d_scale = _rms_norm_backward(dy, x, weight, scale, ctx.eps)
+    return dx, d_weight, None if scale is None else d_scale, None
+
+
+_rms_norm = differentiable(_forward, _save, _gradients)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, scale: Tensor | None = None) -> Tensor:
+    """`reference.rms_norm`: `x / sqrt(mean(x²) + eps) * weight * (1 + scale)`, the mean over channels.
+
+    Args:
+        x: `[..., D]`; with `scale`, `[B, ..., D]`. The kernel takes D to 8192.
+        weight: `[D]`.
+        scale: `[B, D]`, one per sample, or None for no modulation.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    check_rms_norm(x, weight, scale)
+    if triton_chosen(x, too_wide("x", x)):
+        return _rms_norm(x, weight, scale, eps)
+    return reference.rms_norm(x, weight, eps, scale)

@@ -1,0 +1,298 @@
+"""RMSNorm of every head of q and k, then rotary positions, forward and backward (Henry et al. 2020; Su et al. 2021).
+
+One launch serves q and k, each read as it lies in its projection. The results are new tensors: the backward needs the
+projection's output, so writing over it would only be right where nothing is differentiated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blip3o_kernels import reference
+from blip3o_kernels.autograd import differentiable, differentiable_once
+from blip3o_kernels.checks import check_qk_norm_rope
+from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.launch import (
+    ROW_OPTIONS,
+    RowConfig,
+    SumConfig,
+    cdiv,
+    choose,
+    dense,
+    next_power_of_2,
+    parameter_dtypes,
+    row_candidates,
+    row_config,
+    shape_class,
+    sum_candidates,
+    sum_config,
+    too_wide,
+)
+from blip3o_kernels.numeric import inverse_rms, load_row, norm_gradient, rounded
+from blip3o_kernels.rms_norm import gain_gradients
+
+
+@triton.jit(do_not_specialize=["Nq", "Nk", "q_blocks", "k_blocks"])
+def _forward_kernel(
+    q, k, q_weight, k_weight, cos, sin, q_out, k_out, q_b, q_n, q_h, k_b, k_n, k_h,
+    Nq, Nk, q_blocks, k_blocks, eps,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // (q_blocks + k_blocks)).to(tl.int64)
+    block = tl.program_id(0) % (q_blocks + k_blocks)
+    if block < q_blocks:
+        out = q_out + b * Nq * H * D
+        _forward_rows(q + b * q_b, q_weight, cos, sin, out, q_n, q_h, Nq, block, eps, H, D, BD, ROWS)
+    else:
+        out = k_out + b * Nk * HKV * D
+        _forward_rows(k + b * k_b, k_weight, cos, sin, out, k_n, k_h, Nk, block - q_blocks, eps, HKV, D, BD, ROWS)
+
+
+@triton.jit
+def _forward_rows(
+    x, weight, cos, sin, y, x_n, x_h, N, block, eps,
+    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)  # head row % H of token row // H
+    n, present = row // H, row < N * H
+    d = tl.arange(0, BD)
+    inside = present[:, None] & (d < D)[None, :]
+    pointers = x + (n * x_n + (row % H) * x_h)[:, None] + d[None, :]
+    values = tl.load(pointers, mask=inside, other=0).to(tl.float32)
+    out = values * inverse_rms(values, present, eps, D) * load_row(weight, d, D)[None, :]
+    if cos is not None:
+        out = turned(out, cos, sin, n, present, 1, D, BD, ROWS)
+    tl.store(y + row[:, None] * D + d[None, :], rounded(out, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["Nq", "Nk", "q_splits", "k_splits", "tiles"])
+def _backward_kernel(
+    dq, dk, q, k, q_weight, k_weight, cos, sin, dq_out, dk_out, q_partial, k_partial,
+    dq_b, dq_n, dq_h, dk_b, dk_n, dk_h, q_b, q_n, q_h, k_b, k_n, k_h, Nq, Nk, q_splits, k_splits, tiles, eps,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // (q_splits + k_splits)).to(tl.int64)
+    split = tl.program_id(0) % (q_splits + k_splits)
+    if split < q_splits:
+        out = dq_out + b * Nq * H * D
+        partial = q_partial + (b * q_splits + split) * D
+        _backward_rows(dq + b * dq_b, q + b * q_b, q_weight, cos, sin, out, partial, dq_n, dq_h, q_n, q_h, Nq,
+                       split, tiles, eps, H, D, BD, ROWS)  # fmt: skip
+    else:
+        split -= q_splits
+        out = dk_out + b * Nk * HKV * D
+        partial = k_partial + (b * k_splits + split) * D
+        _backward_rows(dk + b * dk_b, k + b * k_b, k_weight, cos, sin, out, partial, dk_n, dk_h, k_n, k_h, Nk,
+                       split, tiles, eps, HKV, D, BD, ROWS)  # fmt: skip
+
+
+@triton.jit
+def _backward_rows(
+    dy, x, weight, cos, sin, dx, partial, dy_n, dy_h, x_n, x_h, N, split, tiles, eps,
+    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BD)
+    gain = load_row(weight, d, D)[None, :]
+    total = tl.zeros([ROWS, BD], tl.float32)
+    for tile in range(tiles):
+        row = (split * tiles + tile).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        n, h, present = row // H, row % H, row < N * H
+        inside = present[:, None] & (d < D)[None, :]
+        upstream = tl.load(dy + (n * dy_n + h * dy_h)[:, None] + d[None, :], mask=inside, other=0).to(tl.float32)
+        values = tl.load(x + (n * x_n + h * x_h)[:, None] + d[None, :], mask=inside, other=0).to(tl.float32)
+        if cos is not None:
+            upstream = turned(upstream, cos, sin, n, present, -1, D, BD, ROWS)
+        rstd = inverse_rms(values, present, eps, D)
+        total += upstream * (values * rstd)
+        out = norm_gradient(upstream * gain, values, rstd, D)
+        tl.store(dx + row[:, None] * D + d[None, :], rounded(out, dx.dtype.element_ty), mask=inside)
+    tl.store(partial + d, tl.sum(total, axis=0), mask=d < D)
+
+
+@triton.jit
+def turned(
+    x, cos, sin, n, present, DIRECTION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Every pair (2i, 2i+1) of [ROWS, BD] turned by its angle, or back where DIRECTION is -1."""
+    i = tl.arange(0, BD // 2)
+    inside = present[:, None] & (i < D // 2)[None, :]
+    table = n[:, None] * (D // 2) + i[None, :]
+    c = tl.load(cos + table, mask=inside, other=0).to(tl.float32)
+    s = DIRECTION * tl.load(sin + table, mask=inside, other=0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (ROWS, BD // 2, 2)))
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, BD))
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """q and k, normalised and turned, contiguous."""
+    q, k = dense(q), dense(k)
+    B, Nq, H, D = q.shape
+    Nk, Hkv = k.shape[1:3]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    config = choose("qk_norm_rope", shape_class(q.dtype, D=D), q, forward_rule(Nq * H, D))
+    q_blocks, k_blocks = cdiv(Nq * H, config.rows), cdiv(Nk * Hkv, config.rows)
+    with torch.cuda.device_of(q):
+        _forward_kernel[(B * (q_blocks + k_blocks),)](
+            q, k, q_weight.contiguous(), k_weight.contiguous(), _table(cos), _table(sin), q_out, k_out,
+            *q.stride()[:3], *k.stride()[:3], Nq, Nk, q_blocks, k_blocks, eps,
+            H, Hkv, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def launch_backward(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, q_weight and k_weight."""
+    dq, dk, q, k = dense(dq), dense(dk), dense(q), dense(k)
+    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
+    B, Nq, H, D = q.shape
+    Nk, Hkv = k.shape[1:3]
+    dq_out, dk_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    config = choose("qk_norm_rope_backward", shape_class(q.dtype, D=D), q, backward_rule(Nq * H, D))
+    q_splits, tiles = config.split(B, Nq * H)
+    k_splits = cdiv(Nk * Hkv, config.rows * tiles)
+    q_partial, k_partial = (
+        torch.empty(B, splits, D, dtype=torch.float32, device=q.device) for splits in (q_splits, k_splits)
+    )
+    with torch.cuda.device_of(q):
+        _backward_kernel[(B * (q_splits + k_splits),)](
+            dq, dk, q, k, q_weight, k_weight, _table(cos), _table(sin), dq_out, dk_out, q_partial, k_partial,
+            *dq.stride()[:3], *dk.stride()[:3], *q.stride()[:3], *k.stride()[:3],
+            Nq, Nk, q_splits, k_splits, tiles, eps,
+            H, Hkv, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
+        )  # fmt: skip
+    d_q_weight, _ = gain_gradients(q_partial, q_weight, None, gate=False)
+    d_k_weight, _ = gain_gradients(k_partial, k_weight, None, gate=False)
+    return dq_out, dk_out, d_q_weight, d_k_weight
+
+
+def forward_rule(rows: int, D: int) -> RowConfig:
+    """The default configuration of the forward kernel, whose rows are heads of tokens."""
+    return row_config(rows, D, elements_per_thread=16)
+
+
+def backward_rule(rows: int, D: int) -> SumConfig:
+    """The default configuration of the backward kernel, which holds two tiles and their sum."""
+    if D > 64:  # with more a thread, ptxas spills a register or two on sm_90 and sm_100
+        return sum_config(rows, D, elements_per_thread=4, tile=1024)
+    return sum_config(rows, D, elements_per_thread=8, tile=2048)
+
+
+def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
+    """What a search tries for each kernel."""
+    return {
+        "qk_norm_rope": row_candidates(D, (8, 16, 32)),
+        "qk_norm_rope_backward": sum_candidates(D, (8, 16, 32)),
+    }
+
+
+def launches(shape: Any, dtype: torch.dtype) -> None:
+    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
+    B, N, H, Hkv, D = shape.batch_size, shape.num_tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    qkv = torch.empty(B, N, H + 2 * Hkv, D, dtype=dtype, device="meta")
+    q, k, _ = qkv.split((H, Hkv, Hkv), dim=2)
+    table = torch.empty(N, D // 2, device="meta")
+    for parameters in parameter_dtypes(dtype):
+        for tables in ((table, table), (None, None)):
+            weight = torch.empty(D, dtype=parameters, device="meta")
+            q_out, k_out = launch_forward(q, k, weight, weight, *tables, 1e-6)
+            launch_backward(q_out, k_out, q, k, weight, weight, *tables, 1e-6)
+
+
+def _table(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+@torch.library.custom_op("blip3o::qk_norm_rope", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return launch_forward(q, k, q_weight, k_weight, cos, sin, eps)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.custom_op("blip3o::qk_norm_rope_backward", mutates_args=())
+def _backward(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_backward(dq, dk, q, k, q_weight, k_weight, cos, sin, eps)
+
+
+@_backward.register_fake
+def _(
+    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        q_weight.new_empty(q_weight.shape),
+        k_weight.new_empty(k_weight.shape),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    return *_qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, ctx.eps), None, None, None
+
+
+_qk_norm_rope = differentiable(_forward, _save, _gradients)
+_qk_norm_rope_backward = differentiable_once(_backward)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`reference.qk_norm_rope`: RMSNorm of every head of q and k, then rotary positions.
+
+    Channels `(2i, 2i+1)` of token n are a pair, turned by the angle whose cosine and sine are `cos[n, i]`, `sin[n, i]`.
+
+    Args:
+        q: `[B, N, H, D]`.  k: `[B, N, Hkv, D]`; with tables both have the tables' N, without they may differ.
+        q_weight, k_weight: `[D]`.
+        cos, sin: `[N, D/2]`, or both None for no rotation. The kernel gives them no gradient.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    check_qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
+    if triton_chosen(q, too_wide("q", q)):
+        return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
+    return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)

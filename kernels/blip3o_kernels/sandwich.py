@@ -1,0 +1,276 @@
+"""The end of one branch and the beginning of the next: post-norm, tanh gate, residual add, pre-norm and modulation.
+
+One pass: the forward reads two tensors and writes two, the backward reads four and writes two, each once. Sums over
+tokens go through partial sums in a fixed order, as in `rms_norm`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blip3o_kernels import reference
+from blip3o_kernels.autograd import differentiable, differentiable_once
+from blip3o_kernels.checks import check_sandwich
+from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.launch import (
+    ROW_OPTIONS,
+    RowConfig,
+    SumConfig,
+    as_rows,
+    cdiv,
+    choose,
+    dense,
+    next_power_of_2,
+    parameter_dtypes,
+    row_candidates,
+    row_config,
+    shape_class,
+    sum_candidates,
+    sum_config,
+    too_wide,
+)
+from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
+from blip3o_kernels.rms_norm import gain_gradients
+
+
+@triton.jit(do_not_specialize=["N", "blocks"])
+def _forward_kernel(
+    branch_out, residual, post_weight, gate, pre_weight, scale, new_residual, next_input,
+    branch_b, branch_n, residual_b, residual_n, gate_b, scale_b, N, blocks, eps,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BD)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    post_gain = load_row(post_weight, d, D) * tanh(load_row(gate + b * gate_b, d, D))
+    pre_gain = load_gain(pre_weight, scale, b * scale_b, d, D)
+    branch = load_tile(branch_out + b * branch_b, n, branch_n, d, inside)
+    stream = load_tile(residual + b * residual_b, n, residual_n, d, inside)
+
+    stream += branch * inverse_rms(branch, n < N, eps, D) * post_gain[None, :]
+    stream = rounded(stream, new_residual.dtype.element_ty)
+    out = (b * N + n)[:, None] * D + d[None, :]
+    tl.store(new_residual + out, stream, mask=inside)
+
+    stream = stream.to(tl.float32)
+    normed = stream * inverse_rms(stream, n < N, eps, D) * pre_gain[None, :]
+    tl.store(next_input + out, rounded(normed, next_input.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "splits", "tiles"])
+def _backward_kernel(
+    d_new_residual, d_next_input, branch_out, new_residual, post_weight, gate, pre_weight, scale,
+    d_branch, d_residual, post_partial, pre_partial,
+    d_new_residual_b, d_new_residual_n, d_next_input_b, d_next_input_n, branch_b, branch_n, gate_b, scale_b,
+    N, splits, tiles, eps, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // splits).to(tl.int64)
+    first = (tl.program_id(0) % splits).to(tl.int64) * tiles * ROWS
+    d = tl.arange(0, BD)
+    post_gain = (load_row(post_weight, d, D) * tanh(load_row(gate + b * gate_b, d, D)))[None, :]
+    pre_gain = load_gain(pre_weight, scale, b * scale_b, d, D)[None, :]
+    post_total = tl.zeros([ROWS, BD], tl.float32)
+    pre_total = tl.zeros([ROWS, BD], tl.float32)
+    for tile in range(tiles):
+        n = first + tile * ROWS + tl.arange(0, ROWS)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        stream = load_tile(new_residual + b * N * D, n, D, d, inside)
+        upstream = load_tile(d_next_input + b * d_next_input_b, n, d_next_input_n, d, inside)
+        d_stream = load_tile(d_new_residual + b * d_new_residual_b, n, d_new_residual_n, d, inside)
+        branch = load_tile(branch_out + b * branch_b, n, branch_n, d, inside)
+        out = (b * N + n)[:, None] * D + d[None, :]
+
+        rstd = inverse_rms(stream, n < N, eps, D)
+        pre_total += upstream * (stream * rstd)
+        d_stream += norm_gradient(upstream * pre_gain, stream, rstd, D)
+        tl.store(d_residual + out, rounded(d_stream, d_residual.dtype.element_ty), mask=inside)
+
+        rstd = inverse_rms(branch, n < N, eps, D)
+        post_total += d_stream * (branch * rstd)
+        d_stream = norm_gradient(d_stream * post_gain, branch, rstd, D)
+        tl.store(d_branch + out, rounded(d_stream, d_branch.dtype.element_ty), mask=inside)
+    partial = tl.program_id(0).to(tl.int64) * D + d
+    tl.store(post_partial + partial, tl.sum(post_total, axis=0), mask=d < D)
+    tl.store(pre_partial + partial, tl.sum(pre_total, axis=0), mask=d < D)
+
+
+@triton.jit
+def load_tile(pointer, n, stride_n, d, inside):
+    """[ROWS, BD] fp32, zero outside."""
+    return tl.load(pointer + n[:, None] * stride_n + d[None, :], mask=inside, other=0).to(tl.float32)
+
+
+def launch_forward(
+    branch_out: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    gate: Tensor,
+    next_pre_weight: Tensor,
+    next_scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """New residual and next input, `[B, N, D]`, contiguous."""
+    branch, stream, gate, scale = as_rows(branch_out), as_rows(residual), dense(gate), dense(next_scale)
+    B, N, D = branch.shape
+    new_residual, next_input = (torch.empty(B, N, D, dtype=branch.dtype, device=branch.device) for _ in range(2))
+    config = choose("sandwich", shape_class(branch.dtype, D=D), branch, forward_rule(N, D))
+    blocks = cdiv(N, config.rows)
+    with torch.cuda.device_of(branch):
+        _forward_kernel[(B * blocks,)](
+            branch, stream, post_weight.contiguous(), gate, next_pre_weight.contiguous(), scale,
+            new_residual, next_input, *branch.stride()[:2], *stream.stride()[:2], gate.stride(0), scale.stride(0),
+            N, blocks, eps, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
+        )  # fmt: skip
+    return new_residual, next_input
+
+
+def launch_backward(
+    d_new_residual: Tensor,
+    d_next_input: Tensor,
+    branch_out: Tensor,
+    new_residual: Tensor,
+    post_weight: Tensor,
+    gate: Tensor,
+    next_pre_weight: Tensor,
+    next_scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the six tensors of `sandwich`, in its order; `new_residual` is what the forward returned."""
+    branch, d_stream, upstream = as_rows(branch_out), as_rows(d_new_residual), as_rows(d_next_input)
+    post_weight, gate = post_weight.contiguous(), dense(gate)
+    pre_weight, scale = next_pre_weight.contiguous(), dense(next_scale)
+    B, N, D = branch.shape
+    d_branch, d_residual = (torch.empty(B, N, D, dtype=branch.dtype, device=branch.device) for _ in range(2))
+    config = choose("sandwich_backward", shape_class(branch.dtype, D=D), branch, backward_rule(N, D))
+    splits, tiles = config.split(B, N)
+    post, pre = (torch.empty(B, splits, D, dtype=torch.float32, device=branch.device) for _ in range(2))
+    with torch.cuda.device_of(branch):
+        _backward_kernel[(B * splits,)](
+            d_stream, upstream, branch, new_residual, post_weight, gate, pre_weight, scale,
+            d_branch, d_residual, post, pre, *d_stream.stride()[:2], *upstream.stride()[:2], *branch.stride()[:2],
+            gate.stride(0), scale.stride(0), N, splits, tiles, eps,
+            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
+        )  # fmt: skip
+    d_post_weight, d_gate = gain_gradients(post, post_weight, gate, gate=True)
+    d_pre_weight, d_scale = gain_gradients(pre, pre_weight, scale, gate=False)
+    return d_branch, d_residual, d_post_weight, d_gate, d_pre_weight, d_scale
+
+
+def forward_rule(N: int, D: int) -> RowConfig:
+    """The default configuration of the forward kernel, which holds two tiles."""
+    return row_config(N, D, elements_per_thread=16)
+
+
+def backward_rule(N: int, D: int) -> SumConfig:
+    """The default configuration of the backward kernel, which holds four tiles and two sums."""
+    return sum_config(N, D, elements_per_thread=8, tile=2048)
+
+
+def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
+    """What a search tries for each kernel."""
+    return {"sandwich": row_candidates(D, (8, 16, 32)), "sandwich_backward": sum_candidates(D, (8, 16))}
+
+
+def launches(shape: Any, dtype: torch.dtype) -> None:
+    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
+    B, N, D = shape.batch_size, shape.num_tokens, shape.hidden_size
+    x = torch.empty(B, N, D, dtype=dtype, device="meta")
+    gate, scale = torch.empty(B, 6 * D, dtype=dtype, device="meta").chunk(6, dim=-1)[:2]
+    for parameters in parameter_dtypes(dtype):
+        weight = torch.empty(D, dtype=parameters, device="meta")
+        launch_forward(x, x, weight, gate, weight, scale, 1e-6)
+        launch_backward(x, x, x, x, weight, gate, weight, scale, 1e-6)
+
+
+@torch.library.custom_op("blip3o::sandwich", mutates_args=())
+def _forward(
+    branch_out: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    gate: Tensor,
+    next_pre_weight: Tensor,
+    next_scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return launch_forward(branch_out, residual, post_weight, gate, next_pre_weight, next_scale, eps)
+
+
+@_forward.register_fake
+def _(branch_out: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    new_residual, next_input = (branch_out.new_empty(branch_out.shape) for _ in range(2))
+    return new_residual, next_input
+
+
+@torch.library.custom_op("blip3o::sandwich_backward", mutates_args=())
+def _backward(
+    d_new_residual: Tensor,
+    d_next_input: Tensor,
+    branch_out: Tensor,
+    new_residual: Tensor,
+    post_weight: Tensor,
+    gate: Tensor,
+    next_pre_weight: Tensor,
+    next_scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return launch_backward(
+        d_new_residual, d_next_input, branch_out, new_residual, post_weight, gate, next_pre_weight, next_scale, eps
+    )
+
+
+@_backward.register_fake
+def _(
+    d_new_residual: Tensor, d_next_input: Tensor, branch_out: Tensor, new_residual: Tensor, *parameters: Any
+) -> tuple[Tensor, ...]:
+    *parameters, _ = parameters
+    return tuple(x.new_empty(x.shape) for x in (branch_out, branch_out, *parameters))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    branch_out, _, *parameters, ctx.eps = inputs
+    ctx.save_for_backward(branch_out, output[0], *parameters)
+
+
+def _gradients(ctx: Any, d_new_residual: Tensor, d_next_input: Tensor) -> tuple[Tensor | None, ...]:
+    return *_sandwich_backward(d_new_residual, d_next_input, *ctx.saved_tensors, ctx.eps), None
+
+
+_sandwich = differentiable(_forward, _save, _gradients)
+_sandwich_backward = differentiable_once(_backward)
+
+
+def sandwich(
+    branch_out: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    gate: Tensor,
+    next_pre_weight: Tensor,
+    next_scale: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`reference.sandwich`: end one branch of a block and begin the next one (after Lumina-Next, Zhuo et al. 2024).
+
+        new_residual = residual + tanh(gate) * rms_norm(branch_out, post_weight)
+        next_input   = rms_norm(new_residual, next_pre_weight, scale=next_scale)
+
+    Args:
+        branch_out, residual: `[B, N, D]`, of one dtype. The kernel takes D to 8192.
+        post_weight, next_pre_weight: `[D]`.
+        gate, next_scale: `[B, D]`.
+
+    Returns:
+        `(new_residual, next_input)`, both `[B, N, D]`.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    check_sandwich(branch_out, residual, post_weight, gate, next_pre_weight, next_scale)
+    if triton_chosen(branch_out, too_wide("branch_out", branch_out)):
+        return _sandwich(branch_out, residual, post_weight, gate, next_pre_weight, next_scale, eps)
+    return reference.sandwich(branch_out, residual, post_weight, gate, next_pre_weight, next_scale, eps)

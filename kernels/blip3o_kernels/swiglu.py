@@ -1,0 +1,162 @@
+"""SwiGLU's product, forward and backward, on the two halves of one projection as they lie (Shazeer 2020).
+
+The backward writes both gradients into one buffer, gate's half before up's: where they are concatenated again for the
+projection, torch.compile finds nothing left to copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blip3o_kernels import reference
+from blip3o_kernels.autograd import differentiable, differentiable_once
+from blip3o_kernels.checks import check_swiglu
+from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.launch import (
+    ROW_OPTIONS,
+    TileConfig,
+    as_rows,
+    cdiv,
+    choose,
+    shape_class,
+    tile_candidates,
+    tile_config,
+)
+from blip3o_kernels.numeric import rounded
+
+
+@triton.jit(do_not_specialize=["N", "row_blocks", "column_blocks"])
+def _forward_kernel(
+    gate, up, y, gate_b, gate_n, up_b, up_n, N, D, row_blocks, column_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    b, n, d = tile_of_program(row_blocks, column_blocks, ROWS, COLUMNS)
+    inside = (n < N) & (d < D)
+    g = tl.load(gate + b * gate_b + n * gate_n + d, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + b * up_b + n * up_n + d, mask=inside, other=0).to(tl.float32)
+    out = g * tl.sigmoid(g) * u
+    tl.store(y + (b * N + n) * D + d, rounded(out, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "row_blocks", "column_blocks"])
+def _backward_kernel(
+    dy, gate, up, d_both, dy_b, dy_n, gate_b, gate_n, up_b, up_n, N, D, row_blocks, column_blocks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    b, n, d = tile_of_program(row_blocks, column_blocks, ROWS, COLUMNS)
+    inside = (n < N) & (d < D)
+    upstream = tl.load(dy + b * dy_b + n * dy_n + d, mask=inside, other=0).to(tl.float32)
+    g = tl.load(gate + b * gate_b + n * gate_n + d, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + b * up_b + n * up_n + d, mask=inside, other=0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    d_gate = upstream * u * sigmoid * (1 + g * (1 - sigmoid))
+    d_up = upstream * g * sigmoid
+    out = d_both + (b * N + n) * (2 * D) + d
+    tl.store(out, rounded(d_gate, d_both.dtype.element_ty), mask=inside)
+    tl.store(out + D, rounded(d_up, d_both.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tile_of_program(row_blocks, column_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sample, tokens [ROWS, 1] and channels [1, COLUMNS] of this program."""
+    row_block = tl.program_id(0) // column_blocks
+    d = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    n = (row_block % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return (row_block // row_blocks).to(tl.int64), n[:, None], d[None, :]
+
+
+def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """y of gate's shape, contiguous."""
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = as_rows(gate, per_sample=False), as_rows(up, per_sample=False)
+    B, N, D = gate.shape
+    config = choose("swiglu", shape_class(gate.dtype, D=D), gate, tile_config(N, D))
+    blocks = cdiv(N, config.rows), cdiv(D, config.columns)
+    with torch.cuda.device_of(gate):
+        _forward_kernel[(B * blocks[0] * blocks[1],)](
+            gate, up, y, *gate.stride()[:2], *up.stride()[:2], N, D, *blocks,
+            config.rows, config.columns, num_warps=config.num_warps, **ROW_OPTIONS,
+        )  # fmt: skip
+    return y
+
+
+def launch_backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Gradients of gate and up side by side, `[..., 2 D]`, contiguous."""
+    *batch, D = gate.shape
+    d_both = torch.empty(*batch, 2 * D, dtype=gate.dtype, device=gate.device)
+    dy, gate, up = (as_rows(x, per_sample=False) for x in (dy, gate, up))
+    B, N, D = gate.shape
+    config = choose("swiglu_backward", shape_class(gate.dtype, D=D), gate, tile_config(N, D))
+    blocks = cdiv(N, config.rows), cdiv(D, config.columns)
+    with torch.cuda.device_of(gate):
+        _backward_kernel[(B * blocks[0] * blocks[1],)](
+            dy, gate, up, d_both, *dy.stride()[:2], *gate.stride()[:2], *up.stride()[:2], N, D, *blocks,
+            config.rows, config.columns, num_warps=config.num_warps, **ROW_OPTIONS,
+        )  # fmt: skip
+    return d_both
+
+
+def candidates(D: int) -> dict[str, list[TileConfig]]:
+    """What a search tries for each kernel."""
+    return {"swiglu": tile_candidates(D), "swiglu_backward": tile_candidates(D)}
+
+
+def launches(shape: Any, dtype: torch.dtype) -> None:
+    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
+    both = torch.empty(shape.batch_size, shape.num_tokens, 2 * shape.ffn_dim, dtype=dtype, device="meta")
+    gate, up = both.chunk(2, dim=-1)
+    launch_backward(launch_forward(gate, up), gate, up)
+
+
+@torch.library.custom_op("blip3o::swiglu", mutates_args=())
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    return launch_forward(gate, up)
+
+
+@_forward.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("blip3o::swiglu_backward", mutates_args=())
+def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return launch_backward(dy, gate, up)
+
+
+@_backward.register_fake
+def _(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    *batch, D = gate.shape
+    return gate.new_empty(*batch, 2 * D)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = ctx.saved_tensors
+    # The dimension counted from the front, as autograd concatenates: the compiler matches the two literally.
+    d_gate, d_up = _swiglu_backward(dy, gate, up).split_with_sizes([gate.shape[-1]] * 2, dim=gate.dim() - 1)
+    return d_gate, d_up
+
+
+_swiglu = differentiable(_forward, _save, _gradients)
+_swiglu_backward = differentiable_once(_backward)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`reference.swiglu`: `silu(gate) * up` (Shazeer 2020), both `[..., D]` of one dtype.
+
+    The kernel rounds once, after the product.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    check_swiglu(gate, up)
+    if triton_chosen(gate):
+        return _swiglu(gate, up)
+    return reference.swiglu(gate, up)
