@@ -1,53 +1,54 @@
-"""Every setting of a run, in one typed schema; YAML files, presets, dotted overrides and flags all land here.
+"""Every setting of a run, in one typed schema; presets, YAML files, flags and dotted overrides all end up here.
 
-An unknown key, a wrong type or an impossible combination is a `ConfigError` that names the field, what was found, and
-the nearest valid name. This module imports nothing heavy: the resolved `RunConfig` is passed on as values.
+Everything about a setting stands in its field (see `setting`): default, meaning, flag, whether it may change on resume.
+This module imports nothing heavy: the resolved `RunConfig` is passed on as values.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from blip3o_ds.errors import ConfigError
+from blip3o_ds.settings import Section, Settings, flatten, nearest, parse_override, setting
 
 PRESETS_DIR = Path(__file__).parent / "presets"
-
-EITHER = {"train.num_epochs": "max_steps", "train.max_steps": "num_epochs"}
 
 TokenLayout = Literal["patch_only", "cls_patch"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+class ModelConfig(Section):
+    """Shape of the DiT."""
 
-
-class ModelConfig(_Section):
-    """Shape of the DiT; the defaults are the `base` preset on EVA-CLIP-8B and CLIP ViT-L/14."""
-
-    eva_dim: int = Field(4096, ge=1)  # width of the condition's patch embeddings
-    clip_dim: int = Field(1024, ge=1)  # width of the generated patch embeddings
-    grid_size: int = Field(16, ge=1)  # patches along one side of the image
-    token_layout: TokenLayout = "patch_only"  # cls_patch: token 0 is CLS
-    hidden_size: int = Field(768, ge=2)
-    num_layers: int = Field(12, ge=1)
-    num_heads: int = Field(12, ge=1)
-    num_kv_heads: int = Field(4, ge=1)
-    ffn_dim: int = Field(3072, ge=1)
-    rope_theta: float = Field(10000.0, gt=0)
-    cross_attention_rope: bool = True
-    norm_eps: float = Field(1e-6, gt=0)
-    timestep_embed_dim: int = Field(256, ge=2)
-    linear_skip: Literal["none", "zero", "ridge"] = "none"  # per-token linear map from EVA added to the output
+    eva_dim: int = setting(4096, "width of the condition's patch embeddings", from_data=True, ge=1)
+    clip_dim: int = setting(1024, "width of the generated patch embeddings", from_data=True, ge=1)
+    grid_size: int = setting(16, "patches along one side of the image", from_data=True, ge=1)
+    token_layout: TokenLayout = setting(
+        "patch_only",
+        "tokens of an image: its patches, or with cls_patch the CLS token before them",
+        flag="--training_mode",
+        from_data=True,
+    )
+    hidden_size: int = setting(768, "width of the DiT", aliases=("dim", "width", "d_model"), ge=2)
+    num_layers: int = setting(12, "DiT blocks", aliases=("layers", "depth"), ge=1)
+    num_heads: int = setting(12, "query heads of an attention layer", aliases=("heads",), ge=1)
+    num_kv_heads: int = setting(4, "key and value heads; divides num_heads", aliases=("kv_heads",), ge=1)
+    ffn_dim: int = setting(3072, "inner width of the SwiGLU layer", aliases=("intermediate_size", "mlp_dim"), ge=1)
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", gt=0)
+    cross_attention_rope: bool = setting(True, "rotate queries and keys of cross-attention too: both grids are equal")
+    norm_eps: float = setting(1e-6, "epsilon of every RMSNorm", gt=0)
+    timestep_embed_dim: int = setting(256, "sines and cosines of the timestep, together", ge=2)
+    linear_skip: Literal["none", "zero", "ridge"] = setting(
+        "none", "add a linear map of each EVA token to the output: none, or one that starts at zero or at ridge's"
+    )
 
     @property
     def num_tokens(self) -> int:
-        """N: the patches of the grid, and CLS where the layout has one."""
+        """N: the patches of the grid, and CLS if the layout has it."""
         return self.grid_size**2 + (self.token_layout == "cls_patch")
 
     @property
@@ -56,115 +57,195 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
-            nearest = _nearest_divisor(self.hidden_size, self.num_heads)
-            raise ValueError(
-                f"model.num_heads = {self.num_heads} does not divide model.hidden_size = {self.hidden_size}; "
-                f"the nearest number that does is {nearest}"
-            )
-        if self.num_heads % self.num_kv_heads:
-            nearest = _nearest_divisor(self.num_heads, self.num_kv_heads)
-            raise ValueError(
-                f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads}; "
-                f"the nearest number that does is {nearest}"
-            )
+        for part, whole in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
+            divisor, number = getattr(self, part), getattr(self, whole)
+            if number % divisor:
+                nearest = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - divisor))
+                raise ValueError(
+                    f"model.{part} = {divisor} does not divide model.{whole} = {number}; "
+                    f"the nearest number that does is {nearest}"
+                )
         if self.head_dim % 2:
             raise ValueError(
-                f"model.hidden_size / model.num_heads = {self.head_dim} is odd, and rotary positions turn pairs; "
-                "choose them so that the head dimension is even"
+                f"model.hidden_size / model.num_heads = {self.head_dim} is odd, and rotary positions rotate pairs of "
+                "channels; choose them so that the head dimension is even"
             )
         if self.timestep_embed_dim % 2:
             raise ValueError(f"model.timestep_embed_dim = {self.timestep_embed_dim} must be even (sines and cosines)")
         return self
 
 
-class FlowConfig(_Section):
-    """Rectified flow: `x_t = (1-t) noise + t clip`."""
+class FlowConfig(Section):
+    """The flow from noise to CLIP embeddings: `x_t = (1-t) noise + t clip`."""
 
-    prediction: Literal["sample", "velocity"] = "sample"  # what the network outputs; the loss is on the velocity
-    timestep_law: Literal["uniform", "logit_normal"] = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = Field(1.0, gt=0)
-    timestep_shift: float = Field(1.0, gt=0)  # > 1 spends more of training and sampling near the noise
-    cond_dropout: float = Field(0.1, ge=0, lt=1)  # share of samples trained without condition, for guidance
-    min_time_to_data: float = Field(0.05, gt=0, lt=1)  # floor of 1-t in the velocity of `prediction: sample`
+    prediction: Literal["sample", "velocity"] = setting("sample", "what the network outputs; the loss is on velocity")
+    timestep_law: Literal["uniform", "logit_normal"] = setting("uniform", "distribution of t in training")
+    logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")
+    logit_std: float = setting(1.0, "standard deviation of logit(t), for logit_normal", gt=0)
+    timestep_shift: float = setting(
+        1.0, "above 1, training and sampling spend more steps near the noise", aliases=("shift",), gt=0
+    )
+    cond_dropout: float = setting(
+        0.1, "share of samples trained without condition, for guidance", aliases=("dropout", "cfg_dropout"), ge=0, lt=1
+    )
+    min_time_to_data: float = setting(0.05, "floor of 1-t in the velocity of prediction sample", gt=0, lt=1)
 
 
-class SamplerConfig(_Section):
+class SamplerConfig(Section):
     """How embeddings are generated."""
 
-    steps: int = Field(25, ge=1)
-    solver: Literal["euler", "midpoint", "heun"] = "euler"
-    guidance_scale: float = Field(1.0, ge=0)  # 1: none
-    seed: int = Field(0, ge=0)
+    steps: int = setting(25, "steps of the solver", may_change=True, ge=1)
+    solver: Literal["euler", "midpoint", "heun"] = setting("euler", "solver of the ODE", may_change=True)
+    guidance_scale: float = setting(
+        1.0, "classifier-free guidance; 1 is none", aliases=("guidance", "cfg", "cfg_scale"), may_change=True, ge=0
+    )
+    seed: int = setting(0, "seed of the noise", may_change=True, ge=0)
 
 
-class DataConfig(_Section):
-    """What is read and in which order."""
+class DataConfig(Section):
+    """What is read, and in which order."""
 
-    train_dir: str | None = None  # a dataset's folder or URL; --chunked_embeddings_dir
-    eval_dirs: tuple[str, ...] = ()  # held-out datasets' folders or URLs, each named by its last path component
-    normalization: Literal["minimal", "full", "standardize"] = "minimal"
-    max_shards: int | None = Field(None, ge=1)
-    window_shards: int = Field(16, ge=1)  # samples are shuffled within a window of this many shuffled shards
-    prefetch_steps: int = Field(2, ge=1)
-    cache_dir: str | None = None  # shards of a URL, on a disk of the node; by default in the temporary folder
-    cache_gb: float = Field(100.0, gt=0)  # bound of cache_dir, GiB; two windows of shards should fit
-    on_bad_sample: Literal["error", "skip"] = "error"  # skip: another of its shard takes its place, and is reported
-    on_bad_shard: Literal["error", "skip"] = "error"  # skip: another shard's samples take the place of its own
+    train_dir: str | None = setting(
+        None,
+        "the training set: a folder or URL with a manifest.json",
+        flag="--chunked_embeddings_dir DIR",
+        aliases=("data", "data_dir", "dataset"),
+    )
+    eval_dirs: tuple[str, ...] = setting(
+        (),
+        "held-out sets, folders or URLs; each is named by the last part of its path",
+        aliases=("eval_dir", "val_dir", "val_dirs"),
+        may_change=True,
+    )
+    normalization: Literal["minimal", "full", "standardize"] = setting(
+        "minimal",
+        "minimal: raw embeddings, no normalisation; full: unit L2 norm of each token; "
+        "standardize: by mean and variance of each channel in the training set",
+    )
+    max_shards: int | None = setting(None, "use only the first N shards", flag="--max_shards N", ge=1)
+    window_shards: int = setting(16, "samples are shuffled within a window of this many shuffled shards", ge=1)
+    prefetch_steps: int = setting(2, "steps that are read ahead", aliases=("prefetch",), may_change=True, ge=1)
+    cache_dir: str | None = setting(
+        None, "where shards of a URL are kept on the node; in the temporary folder if null", may_change=True
+    )
+    cache_gb: float = setting(
+        100.0, "limit of cache_dir in GiB; should hold two windows of shards", may_change=True, gt=0
+    )
+    on_bad_sample: Literal["error", "skip"] = setting(
+        "error", "skip: replace a damaged sample by another one of its shard, and report it", may_change=True
+    )
+    on_bad_shard: Literal["error", "skip"] = setting(
+        "error", "skip: replace the samples of a damaged shard by those of another, and report it", may_change=True
+    )
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Optimisation, its precision, and what is written when."""
 
-    output_dir: str | None = None
-    num_epochs: int | None = Field(None, ge=1)  # 10 where neither this nor max_steps is given
-    max_steps: int | None = Field(None, ge=1)
-    micro_batch_size: int = Field(8, ge=1)  # samples per rank and forward pass
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(5e-4, gt=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # the cosine ends at this share of learning_rate
-    warmup_steps: int = Field(100, ge=0)
-    weight_decay: float = Field(0.01, ge=0)  # not on norms, biases and other vectors
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    activation_checkpointing: bool = False
-    deepspeed_config: str | None = None  # JSON file; without one, ZeRO-2
-    ema_decay: float = Field(0.999, ge=0, lt=1)  # 0: no averaging
-    seed: int = Field(0, ge=0)
-    timeout_seconds: float = Field(600.0, gt=0)  # a rank that has waited so long for another ends the run
-    max_skipped_steps: int = Field(0, ge=0)  # non-finite steps in a row that are skipped before the run goes back
-    max_rollbacks: int = Field(1, ge=0)  # times that it goes back to the last checkpoint before it stops
-    overfit_test_size: int | None = Field(None, ge=1)  # train and evaluate on the first so many samples alone
-    debug_mode: bool = False
-    log_every: int = Field(10, ge=1)
-    eval_every: int = Field(500, ge=0)  # 0: only at the end
-    save_every: int = Field(500, ge=0)  # 0: only at the end
-    keep_last: int = Field(3, ge=1)
-    keep_every: int | None = Field(None, ge=1)  # checkpoints of steps that this divides are kept for good
+    output_dir: str | None = setting(
+        None, "the folder in which run folders are made", flag="--output_dir DIR", may_change=True
+    )
+    num_epochs: int | None = setting(
+        None,
+        "length of the run in epochs; 10 if max_steps is null too",
+        flag="--num_epochs N",
+        aliases=("epochs", "max_epochs"),
+        excludes="train.max_steps",
+        ge=1,
+    )
+    max_steps: int | None = setting(
+        None,
+        "length of the run in optimizer steps",
+        aliases=("steps", "num_steps", "iterations"),
+        excludes="train.num_epochs",
+        ge=1,
+    )
+    micro_batch_size: int = setting(
+        8,
+        "samples per rank and forward pass",
+        flag="--batch_size N",
+        aliases=("batch_size", "batch", "bs"),
+        may_change=True,
+        ge=1,
+    )
+    gradient_accumulation_steps: int = setting(
+        1,
+        "micro-batches per optimizer step; the global batch is micro_batch_size times this times the ranks",
+        aliases=("accumulation", "grad_accum", "accumulation_steps"),
+        may_change=True,
+        ge=1,
+    )
+    learning_rate: float = setting(5e-4, "peak of the learning rate", flag="--learning_rate X", aliases=("lr",), gt=0)
+    min_lr_ratio: float = setting(
+        0.1, "the learning rate ends at this share of its peak", aliases=("min_lr",), ge=0, le=1
+    )
+    warmup_steps: int = setting(100, "steps in which the learning rate rises to its peak", aliases=("warmup",), ge=0)
+    weight_decay: float = setting(
+        0.01, "of matrices; norms, biases and other vectors have none", aliases=("wd", "decay"), ge=0
+    )
+    adam_beta1: float = setting(0.9, "decay of Adam's first moment", aliases=("beta1", "betas"), ge=0, lt=1)
+    adam_beta2: float = setting(0.95, "decay of Adam's second moment", aliases=("beta2",), ge=0, lt=1)
+    adam_eps: float = setting(1e-8, "epsilon of Adam", aliases=("eps", "epsilon"), gt=0)
+    max_grad_norm: float = setting(
+        1.0, "the gradient is clipped to this norm", aliases=("grad_clip", "clip_grad", "gradient_clipping"), gt=0
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = setting(
+        "bf16", "of forward and backward; fp16 has loss scaling", aliases=("dtype", "mixed_precision", "bf16", "fp16")
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "recompute activations in the backward pass: less memory, a third more work",
+        aliases=("gradient_checkpointing", "checkpointing"),
+        may_change=True,
+    )
+    deepspeed_config: str | None = setting(
+        None,
+        "DeepSpeed JSON file, ready ones in ds_configs/; ZeRO-2 if null",
+        flag="--deepspeed_config FILE",
+        aliases=("deepspeed", "ds_config"),
+        may_change=True,
+    )
+    ema_decay: float = setting(0.999, "decay of the weights' moving average; 0: none", aliases=("ema",), ge=0, lt=1)
+    seed: int = setting(0, "seed of initialisation, sample order and noise", ge=0)
+    timeout_seconds: float = setting(
+        600.0, "a rank that waits this long for another ends the run", aliases=("timeout",), may_change=True, gt=0
+    )
+    max_skipped_steps: int = setting(
+        0, "non-finite steps in a row that are skipped before the run rolls back", may_change=True, ge=0
+    )
+    max_rollbacks: int = setting(
+        1, "rollbacks to the last checkpoint before the run stops", aliases=("rollbacks",), may_change=True, ge=0
+    )
+    overfit_test_size: int | None = setting(
+        None, "train and evaluate only on the first N samples", flag="--overfit_test_size N", ge=1
+    )
+    debug_mode: bool = setting(
+        False,
+        "log gradient norms by block and loss by timestep",
+        flag="--debug_mode",
+        aliases=("debug",),
+        may_change=True,
+    )
+    log_every: int = setting(10, "steps between lines of metrics", may_change=True, ge=1)
+    eval_every: int = setting(500, "steps between evaluations; 0: only at the end", may_change=True, ge=0)
+    save_every: int = setting(500, "steps between checkpoints; 0: only at the end", may_change=True, ge=0)
+    keep_last: int = setting(3, "newest checkpoints that are kept", may_change=True, ge=1)
+    keep_every: int | None = setting(
+        None, "checkpoints of steps that this number divides are never deleted", may_change=True, ge=1
+    )
 
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainConfig:
-        if self.num_epochs is not None and self.max_steps is not None:
-            raise ValueError(
-                f"train.num_epochs = {self.num_epochs} and train.max_steps = {self.max_steps} both say how long to "
-                "train; set one of them to null"
-            )
-        return self
 
-
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Evaluation by generation, during the run and at its end."""
 
     sampler: SamplerConfig = SamplerConfig()
-    max_samples: int | None = Field(256, ge=1)  # per split, during the run; the final evaluation takes all
-    batch_size: int = Field(16, ge=1)
+    max_samples: int | None = setting(
+        256, "samples of each set, during the run; its final evaluation takes all", may_change=True, ge=1
+    )
+    batch_size: int = setting(16, "samples generated at once", may_change=True, ge=1)
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run, whole."""
 
     model: ModelConfig = ModelConfig()
@@ -183,44 +264,52 @@ class RunConfig(_Section):
         return self
 
 
+SETTINGS = Settings(RunConfig)
+
+# The planner owns it and is built on this module, so `__getattr__` fetches it when somebody asks for it here.
+get_memory_optimized_config: Callable[..., tuple[str, ModelConfig, float]]
+
+
 def preset_names() -> list[str]:
     """The names that `--model_size` takes."""
     return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
 
 
 def load_run_config(
-    preset: str = "base",
+    preset: str | None = "base",
     config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
-    flags: dict | None = None,
+    flags: dict[str, Any] | None = None,
 ) -> RunConfig:
     """Resolve a run's settings: preset, then YAML file, then flags, then `section.key=value` overrides.
 
-    `flags` maps dotted names to values that are already typed (`None` values are left out).
+    Pydantic's `model_fields_set` of each section tells afterwards which settings were given.
+
+    Args:
+        preset: None to state only what the other layers give, on top of a run that is resumed.
+        flags: dotted names to typed values; None is a flag that was not given.
 
     Raises:
         ConfigError: naming the field, its value, what is expected, and the nearest valid name.
     """
-    settings = _load_preset(preset)
-    if config_file is not None:
-        _merge(settings, _load_yaml(Path(config_file)))
-    for name, value in (flags or {}).items():
-        if value is not None:
-            _set_dotted(settings, name, value)
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override}: expected section.key=value, for example train.ema_decay=0.999")
-        _set_dotted(settings, name.strip(), _parse_value(name, text))
-    return build_run_config(settings)
+    return build_run_config(
+        SETTINGS.merge(
+            [
+                _load_preset(preset) if preset else {},
+                _load_yaml(Path(config_file)) if config_file is not None else {},
+                {name: value for name, value in (flags or {}).items() if value is not None},
+                *map(parse_override, overrides),
+            ]
+        )
+    )
 
 
-def build_run_config(settings: dict) -> RunConfig:
+def build_run_config(settings: dict[str, Any]) -> RunConfig:
     """Validate nested settings into a `RunConfig`; every problem found is listed in one `ConfigError`."""
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError(SETTINGS.explain(error)) from None
 
 
 def get_blip3o_clip_config(
@@ -231,31 +320,18 @@ def get_blip3o_clip_config(
     Raises:
         ConfigError: the preset, a field or a value is not valid.
     """
-    model = {**_load_preset(model_size).get("model", {}), "token_layout": training_mode, **model_fields}
-    return build_run_config({"model": model, "flow": {"prediction": "sample"}}).model
+    flags = {"model.token_layout": training_mode, **{f"model.{name}": value for name, value in model_fields.items()}}
+    return load_run_config(model_size, flags=flags).model
 
 
-def get_memory_optimized_config(
-    available_memory_gb: float, training_mode: str = "patch_only", batch_size: int = 32
-) -> tuple[str, ModelConfig, float]:
-    """The largest preset whose training step fits one GPU, by the planner: `(model_size, config, memory_gb)`.
-
-    Raises:
-        ConfigError: not even the smallest preset fits.
-    """
-    from blip3o_ds.planning.memory import choose_model_size  # the planner builds on this module
-
-    model_size, memory_gb = choose_model_size(available_memory_gb, training_mode, batch_size)
-    return model_size, get_blip3o_clip_config(model_size, training_mode), memory_gb
-
-
-def _load_preset(name: str) -> dict:
+def _load_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
-        raise ConfigError(f"model size {name!r} is unknown{_did_you_mean(name, preset_names())}")
+        raise ConfigError(f"model size {name!r} is unknown{nearest(name, preset_names())}")
     return _load_yaml(PRESETS_DIR / f"{name}.yaml")
 
 
-def _load_yaml(path: Path) -> dict:
+def _load_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file as a layer of dotted names."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
@@ -264,69 +340,14 @@ def _load_yaml(path: Path) -> dict:
         raise ConfigError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)}), found {settings!r}")
-    return settings
+    return flatten(settings)
 
 
-def _merge(base: dict, update: dict) -> None:
-    for key, value in update.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = value
+if not TYPE_CHECKING:
 
+    def __getattr__(name: str) -> Any:
+        if name == "get_memory_optimized_config":
+            from blip3o_ds.planning import memory
 
-def _set_dotted(settings: dict, name: str, value: Any) -> None:
-    *sections, key = name.split(".")
-    for section in sections:
-        settings = settings.setdefault(section, {})
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{name}: {section} is a value, not a section")
-    if value is not None:
-        settings.pop(EITHER.get(name, ""), None)  # the later word on how long to train replaces the earlier
-    settings[key] = value
-
-
-def _parse_value(name: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {name}: {text!r} is not a YAML value: {error}") from None
-    if isinstance(value, str):  # YAML 1.1 reads 5e-4 as text, people mean the number
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _explain(item: dict) -> str:
-    names = [str(part) for part in item["loc"]]
-    field = ".".join(names)
-    if item["type"] == "extra_forbidden":
-        return f"{field} is not a setting{_did_you_mean(field, _field_names())}"
-    if item["type"] == "value_error":  # our own validators name the fields themselves
-        return str(item["ctx"]["error"])
-    return f"{field} = {item['input']!r}: {item['msg'].lower()}"
-
-
-def _did_you_mean(name: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
-    last = difflib.get_close_matches(name.rpartition(".")[2], [v.rpartition(".")[2] for v in valid], n=1, cutoff=0.8)
-    if last:
-        near = [v for v in valid if v.rpartition(".")[2] == last[0]]
-    known = f"; valid: {', '.join(valid)}" if len(valid) <= 12 else ""
-    return f"; did you mean {near[0]}?{known}"
-
-
-def _field_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    names = []
-    for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            names += _field_names(info.annotation, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
-def _nearest_divisor(whole: int, wanted: int) -> int:
-    return min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - wanted))
+            return memory.get_memory_optimized_config
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

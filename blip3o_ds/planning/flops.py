@@ -1,6 +1,6 @@
-"""How many floating-point operations the DiT costs, and how many a GPU could do at best: the two sides of the MFU.
+"""How many floating-point operations the DiT takes, and how many a GPU can do: numerator and denominator of the MFU.
 
-Matrix products are counted exactly, two operations per multiply-add; norms, rotations and activations are not counted.
+Matrix products are counted exactly, as two operations per multiply-add. Norms, rotations and activations are ignored.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from blip3o_ds.config import ModelConfig
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Operations of one sample's forward pass, by part."""
+    """Operations in one sample's forward pass, by part."""
 
     blocks: int
-    inputs: (
-        int  # products whose input needs no gradient: the projections of x_t, of EVA and of the timestep's sinusoids
-    )
+    inputs: int  # products whose input needs no gradient: projections of x_t, of EVA, of the timestep's sinusoids
     rest: int
 
     @property
@@ -27,13 +25,13 @@ class ForwardFlops:
 
 
 def forward_flops(config: ModelConfig) -> ForwardFlops:
-    """Matrix products of a forward pass, per sample, term by term.
+    """The matrix products of one sample's forward pass, term by term.
 
-    A linear layer from width a to b on n tokens costs 2nab. Attention of n tokens to n costs 4nnW for scores and
-    values, W being the width of all query heads, whatever the number of key heads.
+    A linear layer from width a to width b takes 2Nab operations on N tokens. Attention of N tokens to N takes 4NNW for
+    scores and values, W being the width of all query heads, however many key heads there are.
     """
     N, W, F = config.num_tokens, config.hidden_size, config.ffn_dim
-    kv_width = 2 * config.num_kv_heads * config.head_dim  # of keys and values together
+    kv_width = 2 * config.num_kv_heads * config.head_dim  # keys and values together
     attention = 4 * N * N * W
 
     self_attention = 2 * N * W * (W + kv_width) + attention + 2 * N * W * W  # qkv, scores and values, out
@@ -57,25 +55,25 @@ def forward_flops(config: ModelConfig) -> ForwardFlops:
 
 
 def forward_flops_per_sample(config: ModelConfig) -> int:
-    """Operations to generate with: one forward pass of one sample."""
+    """Operations in one forward pass of one sample."""
     return forward_flops(config).total
 
 
-def train_flops_per_sample(config: ModelConfig, gradient_checkpointing: bool = False) -> int:
-    """Operations of forward and backward for one sample.
+def train_flops_per_sample(config: ModelConfig, activation_checkpointing: bool = False) -> int:
+    """Operations in the forward and backward pass of one sample.
 
-    The backward pass costs twice the forward one, except that the products on the inputs have only weights to
-    differentiate, which costs once. Checkpointing computes the blocks' forward again. For the MFU, which by definition
-    counts no recomputation (Chowdhery et al. 2022), leave it False.
+    The backward pass takes twice the forward's operations; only once for the products on the inputs, which have no
+    gradient of the input. Checkpointing repeats the blocks' forward pass. The MFU by definition counts no recomputation
+    (Chowdhery et al. 2022), so leave it out there.
     """
     parts = forward_flops(config)
-    return (4 if gradient_checkpointing else 3) * parts.blocks + 2 * parts.inputs + 3 * parts.rest
+    return (4 if activation_checkpointing else 3) * parts.blocks + 2 * parts.inputs + 3 * parts.rest
 
 
-# Dense bf16 and fp16 rates of the tensor cores with fp32 accumulation, operations per second, from NVIDIA's data sheets
-# (their figures "with sparsity" halved). The first pattern that is found in the device's name decides.
+# Operations per second of the tensor cores, dense bf16 or fp16 with fp32 accumulation, from NVIDIA's data sheets (their
+# figures "with sparsity" halved). The first pattern found in the device's name decides.
 _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    (r"\bMIG\b", 0.0),  # a slice of a GPU has an unstated share of its rate
+    (r"\bMIG\b", 0.0),  # a slice of a GPU; the name does not say how large
     (r"\bB200\b", 2250e12),  # DGX B200
     (r"\bH[12]00 NVL\b", 835e12),  # the PCIe cards joined by NVLink
     (r"\bH100 PCIe\b", 756e12),
@@ -94,10 +92,7 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def device_peak_flops(device_name: str) -> float | None:
-    """Dense bf16 operations per second of the GPU that `torch.cuda.get_device_name` names; None if not known.
-
-    An MFU in another precision than bf16 or fp16 has another peak, and this says nothing of it.
-    """
+    """Dense bf16 or fp16 operations per second of the GPU with this name (`torch.cuda.get_device_name`), if known."""
     for pattern, peak in _PEAK_FLOPS:
         if re.search(pattern, device_name):
             return peak or None

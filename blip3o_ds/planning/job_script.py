@@ -1,6 +1,6 @@
-"""A filled job script for SLURM: `scripts/train_clip_repro.job` with its head and settings replaced.
+"""Fills in the SLURM job script `scripts/train_clip_repro.job`: its `#SBATCH` options and its settings.
 
-The script in `scripts/` is the only copy, so what is rendered is what is tested.
+That script is the only copy, so what is rendered is what is tested.
 """
 
 from __future__ import annotations
@@ -15,36 +15,34 @@ TEMPLATE = Path(__file__).parent.parent.parent / "scripts" / "train_clip_repro.j
 
 
 def render_job(directives: Mapping[str, object], settings: Mapping[str, object], template: Path = TEMPLATE) -> str:
-    """The job script with these `#SBATCH` options and these defaults of its settings; None leaves one as it is.
+    """The job script with these `#SBATCH` options and defaults of its variables; None leaves the script's own.
 
     Args:
-        directives: by sbatch's names without dashes, such as `gpus-per-node`, which sets `ntasks-per-node` too.
-        settings: by the variable's name in the script, such as `DATA_DIR`.
+        directives: `gpus-per-node`, for example, which sets `ntasks-per-node` too.
+        settings: names of the script's variables, such as `DATA_DIR`.
 
     Raises:
-        ConfigError: a value that sbatch would misread, or the template is not there.
+        ConfigError: sbatch would misread a value, or the template is missing.
     """
     try:
         text = template.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{template}: the job script is not there; install the project from a checkout: pip install -e ."
-        ) from None
+        raise ConfigError(f"{template} is missing; install the project from a checkout: pip install -e .") from None
     given = {name: value for name, value in directives.items() if value is not None}
     if "gpus-per-node" in given:
         given["ntasks-per-node"] = given["gpus-per-node"]
     for name, value in given.items():
         if re.search(r"\s", str(value)) or value == "":
-            raise ConfigError(f"--{name} {str(value)!r}: expected one word, as sbatch takes it")
+            raise ConfigError(f"--{name} {str(value)!r}: expected a single word")
         text = _replace_line(text, rf"##?SBATCH --{re.escape(name)}=.*", f"#SBATCH --{name}={value}")
     for name, value in settings.items():
         if value is not None:
-            default = re.sub(r"([\\}\"$`])", r"\\\1", str(value))  # nothing in it is expanded by the shell
+            default = re.sub(r"([\\}\"$`])", r"\\\1", str(value))  # the shell must not expand it
             text = _replace_line(text, rf"{name}=\$\{{{name}:-.*\}}", f'{name}="${{{name}:-{default}}}"')
     return text
 
 
 def _replace_line(text: str, pattern: str, line: str) -> str:
     text, count = re.subn(rf"^{pattern}$", lambda _: line, text, flags=re.MULTILINE)
-    assert count == 1, f"{pattern} stands {count} times in the job script"
+    assert count == 1, f"{pattern} occurs {count} times in the job script"
     return text

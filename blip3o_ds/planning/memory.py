@@ -1,7 +1,7 @@
-"""How much GPU memory a training step needs, term by term, before it runs.
+"""How much GPU memory a training step needs, term by term, before it runs; all in bytes on one GPU.
 
-Weights and optimizer follow from the parameter count and the ZeRO stage; activations are what the fused kernels keep
-for the backward pass. Everything is bytes on one GPU.
+Weights and optimizer states follow from the number of parameters and the ZeRO stage. Activations are what the fused
+kernels keep for the backward pass.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from blip3o_ds.config import ModelConfig, get_blip3o_clip_config, preset_names
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.model.dit import DiT
 
-# What the CUDA context, cuBLAS's workspaces and the communication library take beside the tensors, and what the caching
-# allocator loses between blocks.
-CONTEXT_BYTES = 1 << 30
-FRAGMENTATION = 0.03
-# Larger buckets gain no bandwidth, and the defaults of DeepSpeed (5e8 elements) would dwarf a small model.
+CONTEXT_BYTES = 1 << 30  # the CUDA context and the workspaces of cuBLAS and the communication library
+FRAGMENTATION = 0.03  # share that the caching allocator loses between its blocks
+# Larger buckets gain no bandwidth, and DeepSpeed's default (5e8 elements) takes more memory than a small model.
 MAX_BUCKET_ELEMENTS = 200_000_000
 
 FP32 = 4
 
-# The files of ds_configs/ and their stages, the one that communicates least first.
+# The files of ds_configs/ and their ZeRO stages, from the least communication to the most.
 ZERO_FILES = {"zero1.json": 1, "zero2.json": 2, "zero3.json": 3, "zero2-offload.json": 2, "zero3-offload.json": 3}
 
 
@@ -35,9 +33,9 @@ class MemoryEstimate:
     weights: int  # in the dtype of the forward pass
     gradients: int  # as the backward pass writes them, and their fp32 accumulation
     optimizer: int  # fp32 master weights, Adam's moments, the moving average
-    buckets: int  # of the collectives
-    activations: int  # kept for the backward pass, with the largest working set of a block
-    batch: int  # embeddings, noise, prediction and the loss's gradient
+    buckets: int  # communication buffers of the collectives
+    activations: int  # kept for the backward pass, and the largest working set of a block
+    batch: int  # embeddings, noise, prediction, and the loss's gradient
     overhead: int  # context and fragmentation
 
     @property
@@ -46,7 +44,7 @@ class MemoryEstimate:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the DiT, exactly; no memory is taken for them."""
+    """The exact number of parameters of the DiT, without allocating them."""
     with torch.device("meta"):
         return DiT(config).num_parameters()
 
@@ -61,7 +59,7 @@ def estimate_memory(
     activation_checkpointing: bool = False,
     ema: bool = True,
 ) -> MemoryEstimate:
-    """Peak memory of one GPU in a training step with Adam and fp32 gradient accumulation (Rajbhandari et al. 2020)."""
+    """Peak memory of a training step with Adam and fp32 gradient accumulation (Rajbhandari et al. 2020)."""
     count = count_parameters(config)
     width = FP32 if precision == "fp32" else 2
     states = _weights_and_states(count, zero_stage, world_size, width, ema)
@@ -71,17 +69,19 @@ def estimate_memory(
     return MemoryEstimate(*states, activations, batch, overhead)
 
 
-def choose_model_size(
+def get_memory_optimized_config(
     available_memory_gb: float, training_mode: str = "patch_only", batch_size: int = 32
-) -> tuple[str, float]:
-    """The preset with most parameters whose step fits one GPU of so many GiB, and what it needs: `(name, GiB)`.
+) -> tuple[str, ModelConfig, float]:
+    """The preset with the most parameters whose training step fits on one GPU: `(model_size, config, memory_gb)`.
 
-    ZeRO-2 on one GPU in bf16 with a moving average, and the blocks' activations recomputed only where it must be.
+    The step is ZeRO-2 on one GPU in bf16 with a moving average; activations are recomputed only if it does not fit
+    otherwise.
 
     Raises:
         ConfigError: not even the smallest preset fits.
     """
-    needs = {name: _smallest_need(name, training_mode, batch_size, available_memory_gb) for name in _clip_presets()}
+    configs = {name: get_blip3o_clip_config(name, training_mode) for name in preset_names() if name != "demo"}
+    needs = {name: _smallest_need(config, batch_size, available_memory_gb) for name, config in configs.items()}
     fitting = [name for name, need in needs.items() if need <= available_memory_gb]
     if not fitting:
         smallest = min(needs, key=needs.__getitem__)
@@ -89,8 +89,8 @@ def choose_model_size(
             f"no preset fits {available_memory_gb:g} GiB at batch size {batch_size}: the smallest, {smallest}, needs "
             f"{needs[smallest]:.1f} GiB; lower the batch size"
         )
-    chosen = max(fitting, key=lambda name: count_parameters(get_blip3o_clip_config(name)))
-    return chosen, needs[chosen]
+    chosen = max(fitting, key=lambda name: count_parameters(configs[name]))
+    return chosen, configs[chosen], needs[chosen]
 
 
 def recommend_zero(
@@ -101,10 +101,10 @@ def recommend_zero(
     micro_batch_size: int,
     activation_checkpointing: bool = False,
 ) -> tuple[str | None, dict[str, float]]:
-    """The file of `ds_configs/` that communicates least among those that fit, and the GiB that each would take.
+    """The file of `ds_configs/` with the least communication that fits (None: none does), and the GiB each needs.
 
-    ZeRO-2 sends what ZeRO-1 does, but after every micro-batch; ZeRO-3 half as much again, in small pieces; offloading
-    puts the CPU and the bus into every step. None where nothing fits.
+    ZeRO-2 sends what ZeRO-1 does, but after every micro-batch. ZeRO-3 sends half as much again, in small pieces.
+    Offloading adds the CPU and the PCIe bus to every step.
     """
     needs = {}
     for name, stage in ZERO_FILES.items():
@@ -121,14 +121,8 @@ def recommend_zero(
     return next((name for name, need in needs.items() if need <= gpu_memory_gb), None), needs
 
 
-def _clip_presets() -> list[str]:
-    """The presets for EVA-CLIP-8B to CLIP ViT-L/14; the demo has another pair."""
-    return [name for name in preset_names() if name != "demo"]
-
-
-def _smallest_need(name: str, training_mode: str, batch_size: int, available_gb: float) -> float:
-    """GiB of a preset's step; with activation checkpointing if it does not fit without."""
-    config = get_blip3o_clip_config(name, training_mode)
+def _smallest_need(config: ModelConfig, batch_size: int, available_gb: float) -> float:
+    """GiB of a step; with activation checkpointing if it does not fit without."""
     for checkpointing in (False, True):
         estimate = estimate_memory(
             config,
@@ -144,9 +138,9 @@ def _smallest_need(name: str, training_mode: str, batch_size: int, available_gb:
 
 def _weights_and_states(count: int, stage: int, world_size: int, width: int, ema: bool) -> tuple[int, int, int, int]:
     """(weights, gradients, optimizer, buckets)."""
-    kept = 3 + ema  # fp32 copies: master weights, two moments, the average
+    kept = 3 + ema  # fp32 copies: master weights, two moments, the moving average
     if stage == 0:
-        # The weights are their own master; autocast keeps a cast copy of them for the step.
+        # The weights are fp32 and need no master copy; autocast keeps a cast copy of them during the step.
         cast = 0 if width == FP32 else count * width
         return count * FP32 + cast, count * FP32, (kept - 1) * count * FP32, 0
     share = -(-count // world_size)
@@ -154,27 +148,27 @@ def _weights_and_states(count: int, stage: int, world_size: int, width: int, ema
     accumulated = (count if stage == 1 else share) * FP32
     optimizer = kept * share * FP32
     bucket = min(count, MAX_BUCKET_ELEMENTS)
-    buffers = 2 if stage > 1 else 1  # overlapping one bucket's reduction with the next one's filling takes two
+    buffers = 2 if stage > 1 else 1  # one bucket is reduced while the next is filled
     return weights, accumulated, optimizer, (buffers + 1) * bucket * width
 
 
 def _activation_bytes(config: ModelConfig, micro_batch_size: int, width: int, checkpointing: bool) -> int:
     tokens = micro_batch_size * config.num_tokens
-    D, F = config.hidden_size, config.ffn_dim
+    W, F = config.hidden_size, config.ffn_dim
     kv = config.num_kv_heads * config.head_dim
-    # Channels of a token that an op's backward reads, counted once where two ops read the same tensor.
-    attention = 6 * D + 3 * kv  # input, q k v, q k rotated, attention's output, the branch's output, the new residual
-    feed_forward = 3 * D + 3 * F  # input, gate and up, their product, the branch's output, the new residual
+    # Channels of a token that the backward pass of an operation reads; a tensor that two operations read counts once.
+    attention = 6 * W + 3 * kv  # input, q k v, q k rotated, attention's output, the branch's output, the new residual
+    feed_forward = 3 * W + 3 * F  # input, gate and up, their product, the branch's output, the new residual
     block = tokens * ((2 * attention + feed_forward) * width + 2 * config.num_heads * FP32)  # and the log-sum-exps
-    gradients = tokens * (3 * D + 3 * F) * width  # alive at once in the widest part of a block's backward pass
-    outside = tokens * 3 * D * width  # condition before and after its norm, the first residual
+    gradients = tokens * (3 * W + 3 * F) * width  # alive at once in the widest part of a block's backward pass
+    outside = tokens * 3 * W * width  # condition before and after its norm, the first residual
     if checkpointing:
-        return config.num_layers * tokens * 2 * D * width + block + gradients + outside
+        return config.num_layers * tokens * 2 * W * width + block + gradients + outside
     return config.num_layers * block + gradients + outside
 
 
 def _batch_bytes(config: ModelConfig, micro_batch_size: int, width: int) -> int:
     tokens = micro_batch_size * config.num_tokens
     inputs = tokens * (config.clip_dim + config.eva_dim) * width
-    # clip, noise, x_t, predicted and target velocity, and the gradient on the prediction, in fp32
+    # In fp32: clip, noise, x_t, predicted and target velocity, and the gradient of the prediction.
     return inputs + tokens * 6 * config.clip_dim * FP32

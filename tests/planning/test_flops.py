@@ -39,7 +39,7 @@ def test_a_training_step_is_what_pytorch_counts():
 
 
 def test_checkpointing_adds_the_blocks_forward_pass():
-    without, with_it = train_flops_per_sample(CONFIG), train_flops_per_sample(CONFIG, gradient_checkpointing=True)
+    without, with_it = train_flops_per_sample(CONFIG), train_flops_per_sample(CONFIG, activation_checkpointing=True)
 
     assert without < with_it < 4 / 3 * without
 

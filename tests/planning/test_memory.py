@@ -6,7 +6,7 @@ import torch
 from blip3o_ds.config import ModelConfig, get_blip3o_clip_config
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.model.dit import DiT
-from blip3o_ds.planning.memory import choose_model_size, count_parameters, estimate_memory, recommend_zero
+from blip3o_ds.planning.memory import count_parameters, estimate_memory, get_memory_optimized_config, recommend_zero
 from blip3o_kernels import use_kernels
 
 
@@ -59,10 +59,10 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
 
 
 def test_a_smaller_gpu_gets_a_smaller_preset_and_too_small_a_one_an_error():
-    assert choose_model_size(80, batch_size=32)[0] == "large"
-    assert choose_model_size(6, batch_size=32)[0] in ("tiny", "small")
+    assert get_memory_optimized_config(80, batch_size=32)[0] == "large"
+    assert get_memory_optimized_config(6, batch_size=32)[0] in ("tiny", "small")
     with pytest.raises(ConfigError, match="lower the batch size"):
-        choose_model_size(1, batch_size=512)
+        get_memory_optimized_config(1, batch_size=512)
 
 
 def test_zero_1_is_recommended_until_memory_runs_out_and_then_what_needs_less():
