@@ -1,6 +1,6 @@
-"""Finished runs side by side: the settings in which they differ, and their metrics on each split.
+"""Compares finished runs: the settings in which they differ, and their metrics on each split.
 
-It reads only what the runs wrote (`experiment_config.json`, `final_summary.json`); nothing is generated again.
+It reads only what the runs wrote (`experiment_config.json`, `final_summary.json`) and generates nothing.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from typing import Any
 
 from blip3o_ds.errors import CheckpointError
 from blip3o_ds.evaluation.report import LEGEND, EvalResult, row_label, table_head, table_row
+from blip3o_ds.settings import flatten
 
-# Where a run read and wrote says nothing of how it was trained.
-_PLACES = ("data.train_dir", "data.eval_dirs", "train.output_dir", "train.deepspeed_config")
+# Paths, which do not change what a run learns.
+_PATHS = ("data.train_dir", "data.eval_dirs", "train.output_dir", "train.deepspeed_config")
 _MODEL_READINGS = ("posterior_mean", "sampled")
 _BASELINES = ("ridge", "mean_embedding")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs by their folder's name: what differs in their settings, and the results of the splits that all have."""
+    """Runs, by the names of their folders."""
 
-    settings: dict[str, dict[str, Any]]  # dotted name -> run -> value, only where the runs differ
-    results: dict[str, dict[str, EvalResult]]  # split -> run -> result
+    settings: dict[str, dict[str, Any]]  # dotted name -> run -> value; only settings in which runs differ
+    results: dict[str, dict[str, EvalResult]]  # split -> run -> result; only splits that all runs have
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -36,20 +37,22 @@ class Comparison:
 
 
 def compare(runs: Sequence[str | Path]) -> Comparison:
-    """Read two or more finished runs.
+    """Read finished runs; a single one is its own table.
 
     Raises:
-        CheckpointError: a folder is no finished run, two have one name, or no split is common to all.
+        CheckpointError: a folder is not a finished run, two have the same name, or they have no split in common.
     """
     folders = {Path(run).resolve().name: Path(run) for run in runs}
     if len(folders) < len(runs):
-        raise CheckpointError("two of the runs are the same folder, or folders of one name; rename one")
-    settings = {name: _flatten(_read(run, "experiment_config.json")["config"]) for name, run in folders.items()}
-    results = {name: _read(run, "final_summary.json")["evaluation"] for name, run in folders.items()}
+        raise CheckpointError("two of the runs have the same folder name; rename one")
+    settings = {name: flatten(_read(run, "experiment_config.json", "config")) for name, run in folders.items()}
+    results = {name: _read(run, "final_summary.json", "evaluation") for name, run in folders.items()}
     common = [split for split in next(iter(results.values())) if all(split in found for found in results.values())]
     if not common:
         stated = "; ".join(f"{name}: {', '.join(found)}" for name, found in results.items())
-        raise CheckpointError(f"the runs were evaluated on no common split ({stated}); `blip3o-ds eval` can do it anew")
+        raise CheckpointError(
+            f"the runs were evaluated on no common split ({stated}); evaluate them with `blip3o-ds eval`"
+        )
     return Comparison(
         settings=_differences(settings),
         results={
@@ -59,7 +62,7 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The comparison as plain text: settings first, then a table for each split, the baselines once under it."""
+    """The comparison as plain text: settings, then a table for each split, with the baselines at its end."""
     runs = list(next(iter(comparison.results.values())))
     lines = ["settings that differ", *_settings_table(comparison.settings, runs)]
     for split, results in comparison.results.items():
@@ -70,9 +73,10 @@ def format_comparison(comparison: Comparison) -> str:
         }
         width = max(map(len, labels.values()))
         lines += ["", f"{split} ({next(iter(results.values())).num_samples} images)", table_head(width)]
-        lines += [table_row(label, results[name].readings[reading], width) for (name, reading), label in labels.items()]
-        first = next(iter(results.values()))  # the baselines are the data's, not the run's
-        lines += [table_row(row_label(name, first.sampler), first.readings[name], width) for name in _BASELINES]
+        for (name, reading), label in labels.items():
+            lines.append(table_row(label, results[name].readings.get(reading, {}), width))
+        first = next(iter(results.values()))  # the baselines depend on the data, not on the run
+        lines += [table_row(row_label(name, first.sampler), first.readings.get(name, {}), width) for name in _BASELINES]
     return "\n".join([*lines, "", LEGEND])
 
 
@@ -90,27 +94,20 @@ def _settings_table(settings: dict[str, dict[str, Any]], runs: list[str]) -> lis
 
 
 def _differences(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    names = sorted({name for found in settings.values() for name in found} - set(_PLACES))
+    names = sorted({name for found in settings.values() for name in found} - set(_PATHS))
     values = {name: {run: found.get(name) for run, found in settings.items()} for name in names}
     return {
         name: row for name, row in values.items() if any(value != next(iter(row.values())) for value in row.values())
     }
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _read(run: Path, name: str) -> dict[str, Any]:
+def _read(run: Path, name: str, field: str) -> dict[str, Any]:
     try:
-        return json.loads((run / name).read_text(encoding="utf-8"))
+        content = json.loads((run / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{run / name} is missing: {run} is not a finished run") from None
     except ValueError as error:
         raise CheckpointError(f"{run / name} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get(field), dict):
+        raise CheckpointError(f"{run / name}: expected an object with the field `{field}`; the run is not finished")
+    return content[field]

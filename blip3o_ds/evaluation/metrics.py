@@ -5,51 +5,96 @@ Sums are kept in float64 and per image, so that the slices of several ranks join
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from blip3o_ds.errors import Blip3oError
 
-METRIC_NAMES = (
-    "clip_similarity",
-    "clip_similarity_centered",
-    "high_quality",
-    "very_high_quality",
-    "excellent_quality",
-    "mse",
-    "norm_ratio",
-    "retrieval_r1",
-    "retrieval_r5",
-    "frechet_diagonal",
-    "variance_ratio",
-)
-QUALITY_THRESHOLDS = {"high_quality": 0.7, "very_high_quality": 0.8, "excellent_quality": 0.9}
 CENTRING_TOLERANCE = 1e-6  # a difference this small beside its operands is the rounding of fp32, not a direction
 TIE_TOLERANCE = 1e-9  # cosines in float64 that differ by less are equal
 RETRIEVAL_CHUNK = 1024  # rows of the similarity matrix in memory at once
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What the metrics are computed from: g are the generated token embeddings, c the true ones, m their mean."""
+
+    similarity: Tensor  # [images] mean over tokens of cos(g, c); the cosine with a zero vector is 0
+    centered: Tensor  # [images] the same of cos(g - m, c - m)
+    mse: Tensor  # [images]
+    norm: Tensor  # [images] mean token norm of g
+    target_norm: Tensor  # [images] and of c
+    pooled: Tensor  # [images, 2, D] mean over tokens of g - m and c - m
+    channel_sums: Tensor  # [4, D] over all tokens: g - m, (g - m)^2, c - m, (c - m)^2
+    num_tokens: int
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """How many wrong true images are at least as near as the right one, [images]."""
+        return _retrieval_rank(*self.pooled.double().unbind(dim=1))
+
+    @cached_property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean of each channel of g and c, relative to m, [D] each."""
+        return self.channel_sums[0] / self.num_tokens, self.channel_sums[2] / self.num_tokens
+
+    @cached_property
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Variance of each channel of g and c, [D] each."""
+        squares = self.channel_sums[1] / self.num_tokens, self.channel_sums[3] / self.num_tokens
+        of_generated, of_true = (
+            (sq - mean.square()).clamp(min=0) for sq, mean in zip(squares, self.means, strict=True)
+        )
+        return of_generated, of_true
+
+    def share_above(self, threshold: float) -> Tensor:
+        return (self.similarity > threshold).double().mean()
+
+    def share_retrieved(self, k: int) -> Tensor:
+        return (self.rank < k).double().mean()
+
+    def frechet_diagonal(self) -> Tensor:
+        (mean, target_mean), (variance, target_variance) = self.means, self.variances
+        return ((mean - target_mean).square() + (variance.sqrt() - target_variance.sqrt()).square()).sum()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: the head of its column in tables, and how it is computed."""
+
+    column: str
+    compute: Callable[[Collected], Tensor]
+
+
+METRICS = {
+    # Without centring, any vector near m has a high similarity.
+    "clip_similarity": Metric("cos", lambda c: c.similarity.mean()),
+    "clip_similarity_centered": Metric("cos-c", lambda c: c.centered.mean()),
+    # Shares of the images whose own clip_similarity is above a threshold.
+    "high_quality": Metric(">0.7", lambda c: c.share_above(0.7)),
+    "very_high_quality": Metric(">0.8", lambda c: c.share_above(0.8)),
+    "excellent_quality": Metric(">0.9", lambda c: c.share_above(0.9)),
+    "mse": Metric("mse", lambda c: c.mse.mean()),
+    "norm_ratio": Metric("norm", lambda c: _ratio(c.norm.mean(), c.target_norm.mean())),
+    # Shares of the generated images whose pooled, centred embedding has the true image as its nearest by cosine, or
+    # among its five nearest, of all true images. Ties count against, so a constant output retrieves nothing.
+    "retrieval_r1": Metric("R@1", lambda c: c.share_retrieved(1)),
+    "retrieval_r5": Metric("R@5", lambda c: c.share_retrieved(5)),
+    # Squared Fréchet distance between the token distributions as normal ones with diagonal covariance (Dowson & Landau
+    # 1982; the FID of Heusel et al. 2017 without covariances).
+    "frechet_diagonal": Metric("frechet", lambda c: c.frechet_diagonal()),
+    # Mean over channels of the tokens' variance, generated over true.
+    "variance_ratio": Metric("var", lambda c: _ratio(c.variances[0].mean(), c.variances[1].mean())),
+}
+METRIC_NAMES = tuple(METRICS)
+
+
 class MetricAccumulator:
-    """Collects generated and true embeddings batch by batch, then computes every metric of `METRIC_NAMES`.
-
-    With g and c the generated and the true token embeddings, m the training mean of the true ones, and the cosine with
-    a zero vector being 0:
-
-    - `clip_similarity`: mean over images of the mean over tokens of cos(g, c).
-    - `clip_similarity_centered`: the same with cos(g - m, c - m); without it, any vector near m scores high.
-    - `high_quality`, `very_high_quality`, `excellent_quality`: shares of the images whose own `clip_similarity` is
-      above 0.7, 0.8 and 0.9.
-    - `mse`: mean of (g - c)^2 over images, tokens and channels.
-    - `norm_ratio`: mean token norm of g over that of c.
-    - `retrieval_r1`, `retrieval_r5`: images are pooled (mean over tokens), centred by m and compared by cosine; the
-      share of generated images whose true image is the nearest, or among the five nearest, of all true images. Ties
-      count against, so a constant output retrieves nothing.
-    - `frechet_diagonal`: squared Fréchet distance between the two token distributions taken as normal with diagonal
-      covariance (Dowson & Landau 1982; the FID of Heusel et al. 2017 without covariances):
-      sum over channels of (mean_g - mean_c)^2 + (std_g - std_c)^2.
-    - `variance_ratio`: mean over channels of the tokens' variance, generated over true.
+    """Collects generated and true embeddings batch by batch, then computes every one of `METRICS`.
 
     A ratio whose denominator is zero is 0.
     """
@@ -119,33 +164,19 @@ class MetricAccumulator:
         return joined
 
     def compute(self) -> dict[str, float]:
-        """Every metric of `METRIC_NAMES` over all images added.
+        """Every one of `METRICS` over all images added.
 
         Raises:
             Blip3oError: no image was added.
         """
-        collected = self.payload()
-        per_image = collected["per_image"]
+        payload = self.payload()
+        per_image = payload["per_image"]
         if len(per_image) == 0:
             raise Blip3oError("there is no image to evaluate; the dataset, or the part of it asked for, is empty")
         similarity, centered, mse, norm, target_norm = per_image.unbind(dim=1)
-        values = {"clip_similarity": similarity.mean(), "clip_similarity_centered": centered.mean()}
-        for name, threshold in QUALITY_THRESHOLDS.items():
-            values[name] = (similarity > threshold).double().mean()
-        values["mse"] = mse.mean()
-        values["norm_ratio"] = _ratio(norm.mean(), target_norm.mean())
-        rank = _retrieval_rank(*collected["pooled"].double().unbind(dim=1))
-        values["retrieval_r1"] = (rank < 1).double().mean()
-        values["retrieval_r5"] = (rank < 5).double().mean()
-        values["frechet_diagonal"], values["variance_ratio"] = self._distribution()
-        return {name: float(values[name]) for name in METRIC_NAMES}
-
-    def _distribution(self) -> tuple[Tensor, Tensor]:
-        mean, mean_square, target_mean, target_mean_square = self._channel_sums / self._num_tokens
-        variance = (mean_square - mean.square()).clamp(min=0)
-        target_variance = (target_mean_square - target_mean.square()).clamp(min=0)
-        frechet = (mean - target_mean).square() + (variance.sqrt() - target_variance.sqrt()).square()
-        return frechet.sum(), _ratio(variance.mean(), target_variance.mean())
+        pooled, sums, count = payload["pooled"], self._channel_sums, self._num_tokens
+        collected = Collected(similarity, centered, mse, norm, target_norm, pooled, sums, count)
+        return {name: float(metric.compute(collected)) for name, metric in METRICS.items()}
 
     def _check_shapes(self, generated: Tensor, target: Tensor) -> None:
         if generated.shape != target.shape or target.ndim != 3 or target.shape[-1] != len(self._mean):
@@ -178,7 +209,7 @@ def _centre(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def _retrieval_rank(generated: Tensor, target: Tensor) -> Tensor:
-    """How many wrong true images are at least as near as the right one, [n]; both inputs [n, D], centred."""
+    """How many wrong true images are at least as near as the right one, [images]; inputs [images, D], centred."""
     generated = torch.nn.functional.normalize(generated, dim=-1, eps=1e-300)
     target = torch.nn.functional.normalize(target, dim=-1, eps=1e-300)
     own = (generated * target).sum(dim=-1)

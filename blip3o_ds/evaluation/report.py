@@ -1,6 +1,6 @@
-"""Evaluation by generation: the model's two readings and the two baselines on one dataset, as one table and picture.
+"""Evaluates a model by generation on a dataset: its two readings beside two baselines.
 
-The noise of an image depends on the seed and its index alone, so a result does not change with batch size or ranks.
+The noise of an image depends only on the seed and its index, so batch size and number of ranks change no result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import Batch
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.baselines import Baselines
-from blip3o_ds.evaluation.metrics import METRIC_NAMES, MetricAccumulator
+from blip3o_ds.evaluation.metrics import METRICS, MetricAccumulator
 from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
 from blip3o_ds.flow.objective import FlowObjective, Model
 from blip3o_ds.flow.solvers import posterior_mean, sample
@@ -27,19 +27,19 @@ from blip3o_ds.flow.solvers import posterior_mean, sample
 logger = logging.getLogger(__name__)
 
 READINGS = ("posterior_mean", "sampled", "ridge", "mean_embedding")
-EVALUATION_POSITIONS = 1 << 40  # past every position of training, so that its noise is never met again here
+EVALUATION_POSITIONS = 1 << 40  # past every position of training, so that no noise of training occurs here
 
 Gather = Callable[[Any], list[Any]]  # this rank's object -> every rank's, in rank order
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The metrics of one dataset: `readings[reading][metric]` for `READINGS` and `METRIC_NAMES`."""
+    """The metrics of one dataset: `readings[reading][metric]` for `READINGS` and `METRICS`."""
 
     readings: dict[str, dict[str, float]]
-    num_samples: int  # evaluated, ...
-    dataset_samples: int  # ... of so many
-    space: str  # "raw" embeddings, or "unit_norm" ones, where normalization full cannot be undone
+    num_samples: int  # that were evaluated
+    dataset_samples: int  # in the whole dataset
+    space: str  # "raw" embeddings, or "unit_norm" ones with normalization full, which cannot be inverted
     sampler: SamplerConfig
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,13 +68,13 @@ def evaluate(
 ) -> EvalResult:
     """Generate the embeddings of `dataset` and compare them with the true ones.
 
-    Four readings stand side by side: `posterior_mean` (one network evaluation from noise: the least distortion),
-    `sampled` (the ODE followed by `sampler`: the right distribution; Blau & Michaeli 2018), `ridge` and
-    `mean_embedding`. Metrics are on raw embeddings, the normalisation undone; with `full`, which cannot be undone, on
-    unit-norm ones, where the generated are taken as they come. `max_samples` are spread evenly over the dataset.
+    There are four readings: `posterior_mean` (one network evaluation from noise: the least distortion), `sampled` (the
+    ODE solved as `sampler` says: the right distribution; Blau & Michaeli 2018), `ridge` and `mean_embedding`. Metrics
+    are computed on raw embeddings, after inverting the normalisation; with `full`, which cannot be inverted, on
+    unit-norm ones, and the generated ones are taken as they are. `max_samples` are spread evenly over the dataset.
 
-    With several ranks each takes every `world_size`-th sample, `gather` joins what they found, and every rank returns
-    the whole result. The model runs on some ranks once more than on others, so it must not need the others.
+    Each rank takes every `world_size`-th sample, `gather` collects their sums, and every rank returns the whole
+    result. Some ranks run the model once more than others, so its forward pass must not communicate.
 
     Raises:
         DataError: the dataset is empty.
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def format_table(results: dict[str, EvalResult]) -> str:
-    """A plain table of several datasets' results, one block each, with a line that explains the columns."""
+    """The results of several datasets as plain text: a table each, then an explanation of the columns."""
     blocks = [_block(split, result) for split, result in results.items()]
     return "\n\n".join([*blocks, LEGEND])
 
@@ -129,7 +129,7 @@ def _generate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     eva = normalizer.eva(batch.eva.to(device).float())
     clip = normalizer.clip(batch.clip.to(device).float())
-    noise = evaluation_noise(flow, batch.positions, tuple(clip.shape[1:]), sampler.seed, device)
+    noise = evaluation_noise(flow, batch.positions, (clip.shape[1], clip.shape[2]), sampler.seed, device)
     generated = {
         "posterior_mean": posterior_mean(model, flow, eva, noise),
         "sampled": sample(model, flow, eva, noise, sampler),
@@ -148,13 +148,6 @@ def _join(accumulators: dict[str, MetricAccumulator], gather: Gather | None) -> 
     }
 
 
-_COLUMNS = dict(
-    zip(
-        METRIC_NAMES,
-        ("cos", "cos-c", ">0.7", ">0.8", ">0.9", "mse", "norm", "R@1", "R@5", "frechet", "var"),
-        strict=True,
-    )
-)
 LEGEND = (
     "cos: clip_similarity, cos-c: clip_similarity_centered (training mean subtracted), >x: share of images above,\n"
     "norm: norm_ratio, R@k: retrieval_rk, frechet: frechet_diagonal, var: variance_ratio (1 is right for norm, var)"
@@ -162,7 +155,7 @@ LEGEND = (
 
 
 def row_label(reading: str, sampler: SamplerConfig) -> str:
-    """How a reading is called in tables and pictures."""
+    """The name of a reading in tables and figures."""
     guidance = "" if sampler.guidance_scale == 1 else f", guidance {sampler.guidance_scale:g}"
     steps = f"{sampler.steps} step{'s' if sampler.steps > 1 else ''}"
     return {
@@ -174,13 +167,13 @@ def row_label(reading: str, sampler: SamplerConfig) -> str:
 
 
 def table_head(width: int) -> str:
-    """The line above the metrics, for labels `width` signs wide."""
-    return " " * width + "".join(f"{column:>9}" for column in _COLUMNS.values())
+    """The line above the metrics, for labels of `width` characters."""
+    return " " * width + "".join(f"{metric.column:>9}" for metric in METRICS.values())
 
 
 def table_row(label: str, metrics: dict[str, float], width: int) -> str:
-    """One line of metrics."""
-    return f"{label:<{width}}" + "".join(_cell(metrics[name]) for name in METRIC_NAMES)
+    """One line of metrics; one that an older run did not have yet is a dash."""
+    return f"{label:<{width}}" + "".join(_cell(metrics.get(name)) for name in METRICS)
 
 
 def _block(split: str, result: EvalResult) -> str:
@@ -197,7 +190,9 @@ def _block(split: str, result: EvalResult) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: float) -> str:
+def _cell(value: float | None) -> str:
+    if value is None:
+        return f"{'-':>9}"
     text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.2e}"
     if 0 < abs(value) < 0.001:
         text = f"{value:.1e}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,31 @@ def test_an_unfinished_run_is_named(tmp_path):
 
     with pytest.raises(CheckpointError, match=r"b/experiment_config\.json is missing"):
         compare([run, tmp_path / "b"])
+
+
+def test_a_metric_that_an_older_run_does_not_have_is_a_dash(tmp_path):
+    old, new = finished_run(tmp_path / "old", 0.25), finished_run(tmp_path / "new", 0.75)
+    summary = json.loads((old / "final_summary.json").read_text())
+    for metrics in summary["evaluation"]["held"]["readings"].values():
+        del metrics["variance_ratio"]
+    atomic_write_json(old / "final_summary.json", summary)
+
+    lines = format_comparison(compare([old, new])).splitlines()
+
+    assert [line.split()[-2:] for line in lines if line.startswith("old: DiT")] == [["0.250", "-"]] * 2
+    assert [line.split()[-2:] for line in lines if line.startswith("new: DiT")] == [["0.750", "0.750"]] * 2
+
+
+def test_a_single_run_is_a_table_of_its_own(tmp_path):
+    lines = format_comparison(compare([finished_run(tmp_path / "a", 0.25)])).splitlines()
+
+    assert lines[:2] == ["settings that differ", "  none"]
+    assert sum(line.startswith("a: DiT") for line in lines) == 2
+
+
+def test_a_summary_without_evaluation_is_named(tmp_path):
+    run = finished_run(tmp_path / "a", 0.1)
+    atomic_write_json(run / "final_summary.json", {"steps": 3})
+
+    with pytest.raises(CheckpointError, match=r"final_summary\.json: expected .* `evaluation`"):
+        compare([run])
