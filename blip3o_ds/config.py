@@ -76,10 +76,12 @@ class ModelConfig(Section):
 
 
 class FlowConfig(Section):
-    """The flow from noise to CLIP embeddings: `x_t = (1-t) noise + t clip`."""
+    """The flow from noise to CLIP embeddings; each name is looked up in its table in `blip3o_ds.flow`."""
 
-    prediction: Literal["sample", "velocity"] = setting("sample", "what the network outputs; the loss is on velocity")
-    timestep_law: Literal["uniform", "logit_normal"] = setting("uniform", "distribution of t in training")
+    path: str = setting("linear", "from noise to data; linear: (1-t) noise + t clip")
+    prediction: str = setting("sample", "what the network outputs: sample (the clean embedding) or velocity")
+    loss_weight: str = setting("velocity", "what the loss compares")
+    timestep_law: str = setting("uniform", "distribution of t in training: uniform or logit_normal")
     logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")
     logit_std: float = setting(1.0, "standard deviation of logit(t), for logit_normal", gt=0)
     timestep_shift: float = setting(
@@ -88,14 +90,14 @@ class FlowConfig(Section):
     cond_dropout: float = setting(
         0.1, "share of samples trained without condition, for guidance", aliases=("dropout", "cfg_dropout"), ge=0, lt=1
     )
-    min_time_to_data: float = setting(0.05, "floor of 1-t in the velocity of prediction sample", gt=0, lt=1)
+    min_time_to_data: float = setting(0.05, "floor of 1-t in the velocity that the loss compares", gt=0, lt=1)
 
 
 class SamplerConfig(Section):
     """How embeddings are generated."""
 
     steps: int = setting(25, "steps of the solver", may_change=True, ge=1)
-    solver: Literal["euler", "midpoint", "heun"] = setting("euler", "solver of the ODE", may_change=True)
+    solver: str = setting("euler", "solver of the ODE: euler, midpoint or heun", may_change=True)
     guidance_scale: float = setting(
         1.0, "classifier-free guidance; 1 is none", aliases=("guidance", "cfg", "cfg_scale"), may_change=True, ge=0
     )
@@ -253,15 +255,6 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
-
-    @model_validator(mode="after")
-    def _skip_needs_sample(self) -> RunConfig:
-        if self.model.linear_skip != "none" and self.flow.prediction != "sample":
-            raise ValueError(
-                f"model.linear_skip = {self.model.linear_skip} maps EVA to the clean embedding, and flow.prediction = "
-                "velocity does not output it; set flow.prediction to sample or model.linear_skip to none"
-            )
-        return self
 
 
 SETTINGS = Settings(RunConfig)

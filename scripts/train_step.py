@@ -12,7 +12,7 @@ from benchmarks.measure import Rates, Task, Timer, alternate, peak_memory
 from benchmarks.providers import OURS
 from benchmarks.runner import Step
 from blip3o_ds.config import FlowConfig, ModelConfig, get_blip3o_clip_config
-from blip3o_ds.flow.objective import FlowObjective
+from blip3o_ds.flow.flow import Flow
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.planning.flops import train_flops_per_sample
 from blip3o_kernels import use_kernels
@@ -41,7 +41,7 @@ class TrainStep:
         self.masters = [w.detach().float().requires_grad_() for w in self.weights]
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=device == "cuda")
         self.model = torch.compile(model, fullgraph=True) if compiled else model
-        self.objective = FlowObjective(FlowConfig())
+        self.objective = Flow.from_config(FlowConfig())
 
     def __call__(self) -> torch.Tensor:
         """The loss of this step, before its update."""

@@ -58,7 +58,6 @@ def test_a_flag_for_epochs_replaces_the_presets_steps():
         ("model.num_heads=5", "model.hidden_size"),
         ("model.num_kv_heads=5", "the nearest number that does is 4"),
         ("train.micro_batch_size=0", "train.micro_batch_size"),
-        ("flow.prediction=velocity", "model.linear_skip"),
         ("data.normalization=none", "data.normalization"),
         ("model=5", "model"),
     ],

@@ -18,7 +18,8 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.report import evaluation_noise
 from blip3o_ds.evaluation.subset import ProgressLog, read_batches
 from blip3o_ds.files import atomic_folder
-from blip3o_ds.flow.objective import FlowObjective, Model
+from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.prediction import Model
 from blip3o_ds.flow.solvers import sample
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def generate(
     model: Model,
-    flow: FlowObjective,
+    flow: Flow,
     normalizer: Normalizer,
     dataset: EmbeddingDataset,
     dst: str | Path,
@@ -57,7 +58,7 @@ def generate(
 def _write_all(
     writer: DatasetWriter,
     model: Model,
-    flow: FlowObjective,
+    flow: Flow,
     normalizer: Normalizer,
     dataset: EmbeddingDataset,
     sampler: SamplerConfig,

@@ -21,7 +21,8 @@ from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.evaluation.metrics import METRICS, MetricAccumulator
 from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
-from blip3o_ds.flow.objective import FlowObjective, Model
+from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.prediction import Model
 from blip3o_ds.flow.solvers import posterior_mean, sample
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class EvalResult:
 
 def evaluate(
     model: Model,
-    flow: FlowObjective,
+    flow: Flow,
     normalizer: Normalizer,
     baselines: Baselines,
     dataset: EmbeddingDataset,
@@ -111,16 +112,16 @@ def format_table(results: dict[str, EvalResult]) -> str:
 
 
 def evaluation_noise(
-    flow: FlowObjective, indices: Tensor, shape: tuple[int, int], seed: int, device: torch.device | str
+    flow: Flow, indices: Tensor, shape: tuple[int, int], seed: int, device: torch.device | str
 ) -> Tensor:
     """The noise [B, N, D] from which the images at `indices` [B] are generated; `shape` is (N, D)."""
-    return flow.sample_noise_and_time(indices + EVALUATION_POSITIONS, shape, seed, device)[0]
+    return flow.draw(indices + EVALUATION_POSITIONS, shape, seed, device)[0]
 
 
 @torch.no_grad()
 def _generate(
     model: Model,
-    flow: FlowObjective,
+    flow: Flow,
     normalizer: Normalizer,
     baselines: Baselines,
     batch: Batch,

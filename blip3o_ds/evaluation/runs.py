@@ -22,7 +22,8 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.files import atomic_folder, atomic_write_json, sha256_file
-from blip3o_ds.flow.objective import FlowObjective
+from blip3o_ds.flow.build import build_flow
+from blip3o_ds.flow.flow import Flow
 from blip3o_ds.model.dit import CONFIG_NAME, DiT, read_pretrained_config
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class LoadedModel:
     """A model ready to generate, with what belongs to it."""
 
     model: DiT
-    flow: FlowObjective
+    flow: Flow
     normalizer: Normalizer
     baselines: Baselines
     config: RunConfig  # of an export: its sections model, flow and eval, the normalisation and the precision
@@ -180,6 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _load_run(run: Path, step: int | None = None) -> LoadedModel:
     config = parse_run_config(run / RUN_CONFIG, read_json(run / RUN_CONFIG).get("config"))
+    flow = build_flow(config)
     weights = "ema" if config.train.ema_decay > 0 else "model"
     name = f"{weights}.safetensors"
     checkpoint = find_checkpoint(run / CHECKPOINTS, step, [name])
@@ -195,7 +197,7 @@ def _load_run(run: Path, step: int | None = None) -> LoadedModel:
         ) from None
     return LoadedModel(
         model=model,
-        flow=FlowObjective(config.flow),
+        flow=flow,
         normalizer=Normalizer.load(run / NORMALIZER),
         baselines=Baselines.load(run / BASELINES),
         config=config,
@@ -213,9 +215,10 @@ def _load_export(folder: Path) -> LoadedModel:
     sections["data"] = {"normalization": settings["normalization"]}
     sections["train"] = {"precision": settings["precision"]}
     config = parse_run_config(folder / CONFIG_NAME, sections)
+    flow = build_flow(config)
     return LoadedModel(
         model=DiT.from_pretrained(folder),
-        flow=FlowObjective(config.flow),
+        flow=flow,
         normalizer=Normalizer.load(folder / NORMALIZER),
         baselines=Baselines.load(folder / BASELINES),
         config=config,

@@ -12,45 +12,45 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.config import SamplerConfig
-from blip3o_ds.flow.objective import FlowObjective, Model, shift_timesteps
+from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.prediction import Model
+from blip3o_ds.tables import choose
 
 Field = Callable[[Tensor, float], Tensor]  # the velocity at (x, t)
-Step = Callable[[Field, Tensor, float, float], Tensor]  # x at the second time from x at the first
+Solver = Callable[[Field, Tensor, float, float], Tensor]  # x at the second time from x at the first
 
 
 @torch.no_grad()
-def sample(
-    model: Model, flow: FlowObjective, eva: Tensor, noise: Tensor, sampler: SamplerConfig, shift: float | None = None
-) -> Tensor:
+def sample(model: Model, flow: Flow, eva: Tensor, noise: Tensor, sampler: SamplerConfig) -> Tensor:
     """Generate CLIP embeddings for a batch of conditions.
 
     Args:
         eva: `[B, N, De]`.
         noise: `[B, N, Dc]`, standard normal, on the model's device.
-        shift: of the schedule; None is the shift of training, `flow.config.timestep_shift`.
 
     Returns:
         `[B, N, Dc]` fp32, in the space that the model was trained in.
+
+    Raises:
+        ConfigError: there is no solver of that name.
     """
-    shift = flow.config.timestep_shift if shift is None else shift
-    step = _STEPS[sampler.solver]
+    step = choose(SOLVERS, sampler.solver, "eval.sampler.solver")
     field = _guided_field(model, flow, eva, sampler.guidance_scale)
-    times = shift_timesteps(torch.linspace(0, 1, sampler.steps + 1, dtype=torch.float64), shift).tolist()
     x = noise.float()
-    for start, end in pairwise(times):
+    for start, end in pairwise(flow.timesteps.schedule(sampler.steps)):
         x = step(field, x, start, end)
     return x
 
 
 @torch.no_grad()
-def posterior_mean(model: Model, flow: FlowObjective, eva: Tensor, noise: Tensor) -> Tensor:
+def posterior_mean(model: Model, flow: Flow, eva: Tensor, noise: Tensor) -> Tensor:
     """The model's clean embedding from pure noise, `[B, N, Dc]` fp32: an estimate of E[clip | eva].
 
-    It has the least squared error of all outputs, and less variety than the data: no sample of their distribution.
+    It has the least squared error of all outputs and less variety than the data, so it is not a sample of it.
     """
     noise = noise.float()
     t = torch.zeros(len(noise), device=noise.device)
-    return flow.denoise(model(noise, t, eva, _all(noise, False)), noise, t)
+    return flow.clean(model, noise, t, eva, _all(noise, False))
 
 
 def euler_step(field: Field, x: Tensor, start: float, end: float) -> Tensor:
@@ -76,26 +76,17 @@ def heun_step(field: Field, x: Tensor, start: float, end: float) -> Tensor:
     return x + (end - start) * (slope + field(x_end, end)) / 2
 
 
-_STEPS: dict[str, Step] = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
+SOLVERS: dict[str, Solver] = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
 
 
-def _guided_field(model: Model, flow: FlowObjective, eva: Tensor, guidance_scale: float) -> Field:
-    """Velocity with guidance `v = v_uncond + g (v_cond - v_uncond)` (Ho & Salimans 2022); g = 1 needs one forward.
-
-    The velocity is `(x̂ - x) / (1-t)` with no floor under `1-t`. The floor belongs to the loss: here it would stop
-    short of the data and leave noise in every sample.
-    """
-
-    def velocity(x: Tensor, time: float, drop: bool) -> Tensor:
-        t = torch.full((len(x),), time, device=x.device)
-        clean = flow.denoise(model(x, t, eva, _all(x, drop)), x, t)
-        return (clean - x) / (1 - time)
+def _guided_field(model: Model, flow: Flow, eva: Tensor, guidance_scale: float) -> Field:
+    """Velocity with guidance `v = v_uncond + g (v_cond - v_uncond)` (Ho & Salimans 2022); g = 1 needs one forward."""
 
     def guided(x: Tensor, time: float) -> Tensor:
-        conditional = velocity(x, time, drop=False)
+        conditional = flow.sampling_velocity(model, x, time, eva, _all(x, False))
         if guidance_scale == 1.0:
             return conditional
-        unconditional = velocity(x, time, drop=True)
+        unconditional = flow.sampling_velocity(model, x, time, eva, _all(x, True))
         return unconditional + guidance_scale * (conditional - unconditional)
 
     return guided

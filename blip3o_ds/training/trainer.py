@@ -29,7 +29,8 @@ from blip3o_ds.evaluation.baselines import Baselines, fit_baselines
 from blip3o_ds.evaluation.report import EvalResult, evaluate, format_table
 from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, Checkpoint, find_checkpoint
 from blip3o_ds.files import atomic_write_json
-from blip3o_ds.flow.objective import FlowObjective
+from blip3o_ds.flow.build import build_flow
+from blip3o_ds.flow.flow import Flow
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint
 from blip3o_ds.training.debug import DebugProbe
@@ -58,6 +59,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         DataError, CheckpointError: what is read is not what it should be.
         TrainingError: loss or gradient is not finite, with the last good checkpoint named; or another rank is gone.
     """
+    flow = build_flow(config)
     with ExitStack() as stack:
         rank, world_size, device = init_distributed(config.train.timeout_seconds)
         setup_logging(rank)
@@ -78,7 +80,6 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         model = build_model(config, baselines)
         num_parameters = model.num_parameters()
         engine = Engine(model, config.train, total_steps, device)
-        flow = FlowObjective(config.flow)
         order = GlobalOrder(dataset.shard_sizes, config.train.seed, config.data.window_shards)
         loader = stack.enter_context(
             EmbeddingLoader(
@@ -138,9 +139,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 batch = stored.expand()
                 keys += batch.keys
                 clip, eva = normalizer.clip(batch.clip), normalizer.eva(batch.eva)
-                noise, t, drop = flow.sample_noise_and_time(
-                    batch.positions, tuple(clip.shape[1:]), config.train.seed, device
-                )
+                noise, t, drop = flow.draw(batch.positions, tuple(clip.shape[1:]), config.train.seed, device)
                 result = flow.loss(engine, clip, eva, noise, t, drop)
                 losses.append(result.mse.detach())
                 meter.add(result, batch)
@@ -387,7 +386,7 @@ def score(results: dict[str, EvalResult]) -> float:
 def evaluate_now(
     config: RunConfig,
     engine: Engine,
-    flow: FlowObjective,
+    flow: Flow,
     normalizer: Normalizer,
     baselines: Baselines,
     splits: dict[str, EmbeddingDataset],

@@ -13,11 +13,11 @@ from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.generate import generate
 from blip3o_ds.evaluation.report import evaluate
-from blip3o_ds.flow.objective import FlowObjective
+from blip3o_ds.flow.flow import Flow
 from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
 
 SAMPLER = SamplerConfig(steps=3, seed=5)
-FLOW = FlowObjective(FlowConfig())
+FLOW = Flow.from_config(FlowConfig())
 RAW = Normalizer("minimal")
 
 

@@ -14,7 +14,7 @@ from blip3o_ds.errors import Blip3oError
 from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.metrics import METRIC_NAMES
 from blip3o_ds.evaluation.report import READINGS, EvalResult, evaluate, evaluation_noise, format_table
-from blip3o_ds.flow.objective import FlowObjective
+from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import sample
 from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
 
@@ -29,7 +29,7 @@ def setting(make_dataset, config):
     train, held = make_dataset(eva[:30], clip[:30], "train"), make_dataset(eva[30:], clip[30:], "held")
 
     def run(model, normalizer=RAW, batch_size=4, prediction="sample", sampler=SAMPLER, **options) -> EvalResult:
-        flow = FlowObjective(FlowConfig(prediction=prediction))
+        flow = Flow.from_config(FlowConfig(prediction=prediction))
         baselines = fit_baselines(train, normalizer)
         return evaluate(model, flow, normalizer, baselines, held, sampler, batch_size, "cpu", **options)
 
@@ -84,7 +84,7 @@ def test_the_baselines_stand_beside_the_model_and_are_those_of_the_training_set(
 
 
 def test_the_two_readings_are_one_step_from_noise_and_the_solvers(setting, config):
-    model, flow = random_model(config), FlowObjective(FlowConfig())
+    model, flow = random_model(config), Flow.from_config(FlowConfig())
     result = setting(model)
 
     eva, clip = setting.eva[30:], setting.clip[30:].double()
@@ -117,7 +117,7 @@ def test_batch_size_and_number_of_ranks_change_nothing(setting, config, batch_si
 
 
 def test_a_part_is_spread_over_the_set_and_its_images_keep_their_noise(setting, config):
-    model, flow = random_model(config), FlowObjective(FlowConfig())
+    model, flow = random_model(config), Flow.from_config(FlowConfig())
 
     result = setting(model, max_samples=3)
 
@@ -130,9 +130,9 @@ def test_a_part_is_spread_over_the_set_and_its_images_keep_their_noise(setting, 
 
 
 def test_the_noise_is_another_for_each_seed_and_never_that_of_training():
-    flow = FlowObjective(FlowConfig())
+    flow = Flow.from_config(FlowConfig())
     noise = evaluation_noise(flow, torch.arange(50), (4, 4), 0, "cpu")
-    training = flow.sample_noise_and_time(torch.arange(50), (4, 4), 0, "cpu")[0]
+    training = flow.draw(torch.arange(50), (4, 4), 0, "cpu")[0]
 
     rows = torch.cat([noise, training, evaluation_noise(flow, torch.arange(50), (4, 4), 1, "cpu")]).flatten(1)
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_ds.config import FlowConfig, ModelConfig
-from blip3o_ds.flow.objective import FlowObjective
+from blip3o_ds.flow.flow import Flow
 from blip3o_ds.model.dit import DiT
 from blip3o_kernels import use_kernels
 from tests.kernels.accuracy import DEVICE, random
@@ -50,7 +50,7 @@ def batch(size=2):
 def train(mode, steps=2, dtype=torch.float32, model=None):
     model = build(dtype) if model is None else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    objective, losses = FlowObjective(FlowConfig()), []
+    objective, losses = Flow.from_config(FlowConfig()), []
     with use_kernels(mode):
         for _ in range(steps):
             loss = objective.loss(model, *batch()).loss

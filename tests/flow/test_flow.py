@@ -1,4 +1,4 @@
-"""The objective against NumPy, and against a Gaussian flow whose optimum is known."""
+"""The loss against NumPy, and against a Gaussian flow whose optimum is known."""
 
 import math
 
@@ -6,22 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.config import FlowConfig
-from blip3o_ds.flow.objective import FlowObjective, RectifiedPath, shift_timesteps
+from blip3o_ds.config import FlowConfig, build_run_config
+from blip3o_ds.errors import ConfigError
+from blip3o_ds.flow.build import build_flow
+from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.timesteps import shift_timesteps
+from blip3o_kernels import flow_matching_loss
 
 SHAPE = (4, 3)
 
 
 def draw(config=None, positions=range(8), seed=0):
-    return FlowObjective(config or FlowConfig()).sample_noise_and_time(
-        torch.tensor(list(positions)), SHAPE, seed, "cpu"
-    )
+    return Flow.from_config(config or FlowConfig()).draw(torch.tensor(list(positions)), SHAPE, seed, "cpu")
 
 
 def timesteps(config: FlowConfig, count: int = 20000) -> np.ndarray:
     """As drawn for that many positions; the noise is one number each."""
-    flow = FlowObjective(config)
-    return flow.sample_noise_and_time(torch.arange(count), (1, 1), 3, "cpu")[1].double().numpy()
+    flow = Flow.from_config(config)
+    return flow.draw(torch.arange(count), (1, 1), 3, "cpu")[1].double().numpy()
 
 
 def largest_cdf_distance(samples: np.ndarray, cdf) -> float:
@@ -40,9 +42,9 @@ def test_what_a_sample_draws_does_not_depend_on_the_batch_it_is_in():
 
 
 def test_samples_and_seeds_draw_independently():
-    flow = FlowObjective(FlowConfig(cond_dropout=0.5))
-    a, t_a, drop_a = flow.sample_noise_and_time(torch.arange(3000), SHAPE, 0, "cpu")
-    b, t_b, _ = flow.sample_noise_and_time(torch.arange(3000), SHAPE, 1, "cpu")
+    flow = Flow.from_config(FlowConfig(cond_dropout=0.5))
+    a, t_a, drop_a = flow.draw(torch.arange(3000), SHAPE, 0, "cpu")
+    b, t_b, _ = flow.draw(torch.arange(3000), SHAPE, 1, "cpu")
     limit = 4 / math.sqrt(3000)
     series = [a[:, 0, 0], a[:, 0, 1], b[:, 0, 0], t_a, t_b, drop_a.float(), t_a.roll(1), a[:, 0, 0].roll(1)]
     correlations = torch.corrcoef(torch.stack(series)) - torch.eye(len(series))
@@ -51,8 +53,8 @@ def test_samples_and_seeds_draw_independently():
 
 
 def test_noise_is_standard_normal_and_dropout_has_its_rate():
-    flow = FlowObjective(FlowConfig(cond_dropout=0.2))
-    noise, _, drop = flow.sample_noise_and_time(torch.arange(4000) + (1 << 40), SHAPE, 7, "cpu")
+    flow = Flow.from_config(FlowConfig(cond_dropout=0.2))
+    noise, _, drop = flow.draw(torch.arange(4000) + (1 << 40), SHAPE, 7, "cpu")
     assert noise.dtype == torch.float32
     assert noise.mean().abs() < 4 / math.sqrt(noise.numel())
     assert noise.var().item() == pytest.approx(1, abs=4 * math.sqrt(2 / noise.numel()))
@@ -88,7 +90,7 @@ def test_shift_keeps_the_ends_and_moves_towards_noise():
 
 @pytest.mark.parametrize("prediction", ["velocity", "sample"])
 def test_loss_is_numpy(prediction):
-    flow = FlowObjective(FlowConfig(prediction=prediction))
+    flow = Flow.from_config(FlowConfig(prediction=prediction))
     clip, output = torch.randn(4, *SHAPE), torch.randn(4, *SHAPE)
     noise, t = torch.randn(4, *SHAPE), torch.tensor([0.0, 0.3, 0.9, 0.99])
     seen = []
@@ -115,18 +117,20 @@ def test_loss_is_numpy(prediction):
 
 
 def test_the_target_of_a_sample_prediction_is_clip_minus_noise_until_the_floor():
-    flow = FlowObjective(FlowConfig(prediction="sample"))
+    flow = Flow.from_config(FlowConfig(prediction="sample"))
     clip, noise, t = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE), torch.tensor([0.0, 0.5, 0.94])
-    x_t = RectifiedPath.point(clip, noise, t)
-    torch.testing.assert_close(flow.velocity(clip, x_t, t), RectifiedPath.velocity(clip, noise), atol=1e-4, rtol=1e-4)
+    x_t = flow.path.point(clip, noise, t)
+    target, _ = flow.loss_weight.compared(flow.prediction, clip, clip, x_t, t)
+    torch.testing.assert_close(target, clip - noise, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "sample"])
 def test_both_predictions_denoise_the_same_truth(prediction):
-    flow = FlowObjective(FlowConfig(prediction=prediction))
+    flow = Flow.from_config(FlowConfig(prediction=prediction))
     clip, noise, t = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE), torch.tensor([0.0, 0.5, 0.99])
     truth = clip if prediction == "sample" else clip - noise
-    torch.testing.assert_close(flow.denoise(truth, RectifiedPath.point(clip, noise, t), t), clip, atol=1e-5, rtol=1e-5)
+    x_t = flow.path.point(clip, noise, t)
+    torch.testing.assert_close(flow.prediction.clean(truth, x_t, t), clip, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "sample"])
@@ -138,7 +142,7 @@ def test_the_known_optimum_of_a_gaussian_has_no_lower_neighbour_and_the_known_lo
     noise = torch.randn(count, 1, 1, generator=generator)
     clip = mu + s * torch.randn(count, 1, 1, generator=generator)
     variance = 0.4**2 + 0.6**2 * s**2
-    flow = FlowObjective(FlowConfig(prediction=prediction))
+    flow = Flow.from_config(FlowConfig(prediction=prediction))
 
     def optimum(x_t, _t, _eva, _drop, offset=0.0):
         clean = mu + 0.6 * s**2 / variance * (x_t - 0.6 * mu) + offset
@@ -151,3 +155,44 @@ def test_the_known_optimum_of_a_gaussian_has_no_lower_neighbour_and_the_known_lo
     least = s**2 * 0.4**2 / variance / 0.4**2
     assert loss(0.0) == pytest.approx(least, rel=0.04)
     assert loss(0.0) < min(loss(0.1), loss(-0.1))
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "sample"])
+def test_the_loss_of_the_linear_path_is_its_plain_formula_to_the_last_bit(prediction):
+    flow = Flow.from_config(FlowConfig(prediction=prediction))
+    clip, noise, t = torch.randn(64, *SHAPE), torch.randn(64, *SHAPE), torch.rand(64)
+    output = torch.randn(64, *SHAPE, requires_grad=True)
+
+    def plain():
+        s = t[:, None, None]
+        x_t = (1 - s) * noise + s * clip
+        if prediction == "velocity":
+            return flow_matching_loss(output, clip - noise)
+        time_to_data = (1 - s).clamp_min(0.05)
+        return flow_matching_loss((output - x_t) / time_to_data, (clip - x_t) / time_to_data)
+
+    results = [flow.loss(lambda *_: output, clip, noise, noise, t, t > 2), plain()]
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+    gradients = [torch.autograd.grad(result.loss, output)[0] for result in results]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"flow": {"path": "liner"}}, "flow.path = 'liner' is unknown; did you mean linear?; valid: linear"),
+        ({"flow": {"prediction": "simple"}}, "flow.prediction = 'simple' is unknown; did you mean sample?; valid: "),
+        ({"flow": {"loss_weight": "speed"}}, "flow.loss_weight = 'speed' is unknown; valid: velocity"),
+        ({"flow": {"timestep_law": "logitnormal"}}, "did you mean logit_normal?; valid: uniform, logit_normal"),
+        (
+            {"eval": {"sampler": {"solver": "magic"}}},
+            "eval.sampler.solver = 'magic' is unknown; valid: euler, midpoint",
+        ),
+        ({"flow": {"prediction": "velocity"}, "model": {"linear_skip": "ridge"}}, "model.linear_skip = ridge maps EVA"),
+    ],
+)
+def test_a_name_that_is_unknown_or_does_not_fit_is_an_error_that_lists_what_does(settings, named):
+    with pytest.raises(ConfigError) as raised:
+        build_flow(build_run_config(settings))
+    assert named in str(raised.value)

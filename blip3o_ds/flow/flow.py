@@ -1,0 +1,93 @@
+"""The flow from noise to CLIP embeddings: path, prediction, timesteps and loss weight, composed by the settings.
+
+Each part is chosen by name from its table when the flow is built; nothing after that knows the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip3o_ds.config import FlowConfig
+from blip3o_ds.flow.draws import normals, uniforms
+from blip3o_ds.flow.path import PATHS, Path
+from blip3o_ds.flow.prediction import PREDICTIONS, Model, Prediction
+from blip3o_ds.flow.timesteps import TIMESTEP_LAWS, Timesteps
+from blip3o_ds.flow.weights import LOSS_WEIGHTS, LossWeight
+from blip3o_ds.tables import choose
+from blip3o_kernels import FlowLoss, flow_matching_loss
+
+_TIME, _DROP, _NOISE = range(3)  # independent streams of random numbers of one sample
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Draws noise and timesteps, scores a network, and says where its output leads."""
+
+    path: Path
+    prediction: Prediction
+    timesteps: Timesteps
+    loss_weight: LossWeight
+    cond_dropout: float
+
+    @classmethod
+    def from_config(cls, config: FlowConfig) -> Flow:
+        """The flow that the settings name.
+
+        Raises:
+            ConfigError: a name is in no table.
+        """
+        path = choose(PATHS, config.path, "flow.path")()
+        return cls(
+            path=path,
+            prediction=choose(PREDICTIONS, config.prediction, "flow.prediction")(path),
+            timesteps=Timesteps(
+                choose(TIMESTEP_LAWS, config.timestep_law, "flow.timestep_law")(config), config.timestep_shift
+            ),
+            loss_weight=choose(LOSS_WEIGHTS, config.loss_weight, "flow.loss_weight")(config),
+            cond_dropout=config.cond_dropout,
+        )
+
+    def draw(
+        self, positions: Tensor, shape: tuple[int, int], seed: int, device: torch.device | str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The random numbers of a batch, each row a function of (seed, position) alone.
+
+        Args:
+            positions: `[B]` int64, place of each sample in the endless order.
+            shape: `(N, Dc)` of one sample.
+            seed: another seed gives independent draws, for evaluation.
+
+        Returns:
+            noise `[B, N, Dc]` fp32, t `[B]` fp32 in [0, 1], drop `[B]` bool, on `device`.
+        """
+        t = self.timesteps.draw(uniforms(seed, positions, _TIME)).to(device=device, dtype=torch.float32)
+        drop = torch.from_numpy(uniforms(seed, positions, _DROP) < self.cond_dropout).to(device)
+        return normals(seed, positions, _NOISE, shape, device), t, drop
+
+    def loss(self, model: Model, clip: Tensor, eva: Tensor, noise: Tensor, t: Tensor, drop: Tensor) -> FlowLoss:
+        """Squared error in what the loss weight compares, fp32; `.loss` of the result is the scalar to minimise.
+
+        Args:
+            clip: `[B, N, Dc]`.  eva: `[B, N, De]`.  noise: `[B, N, Dc]`.  t: `[B]`.  drop: `[B]` bool.
+        """
+        clip, noise = clip.float(), noise.float()
+        x_t = self.path.point(clip, noise, t)
+        output = self.prediction.output(model, x_t, t, eva, drop)
+        target = self.prediction.target(clip, noise, t)
+        return flow_matching_loss(*self.loss_weight.compared(self.prediction, output, target, x_t, t))
+
+    def clean(self, model: Model, x_t: Tensor, t: Tensor, eva: Tensor, drop: Tensor) -> Tensor:
+        """The model's estimate of the clean embedding at x_t, `[B, N, Dc]` fp32; t is `[B]`."""
+        return self.prediction.clean(self.prediction.output(model, x_t, t, eva, drop), x_t, t)
+
+    def sampling_velocity(self, model: Model, x_t: Tensor, time: float, eva: Tensor, drop: Tensor) -> Tensor:
+        """The velocity that a solver follows at x_t, `[B, N, Dc]` fp32: exact, with no floor, for time < 1.
+
+        The floor belongs to the loss: here it would stop short of the data and leave noise in every sample.
+        """
+        t = torch.full((len(x_t),), time, device=x_t.device)
+        clean = self.clean(model, x_t, t, eva, drop)
+        return self.path.velocity_from_clean(clean, x_t, torch.tensor(time, dtype=torch.float64))
