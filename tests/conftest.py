@@ -30,16 +30,16 @@ def write_embeddings(
 ):
     """A dataset whose CLIP side is a fixed linear map of EVA plus noise, so that there is something to learn."""
     from blip3o_ds.data.format.schema import DatasetSpec
-    from blip3o_ds.data.reading.dataset import DatasetWriter
+    from blip3o_ds.data.format.writer import DatasetWriter
 
-    spec = DatasetSpec(grid * grid, "patch_only", eva_dim, clip_dim, "fp32", "made-up-eva", "made-up-clip")
+    spec = DatasetSpec.pair(grid * grid, "patch_only", eva_dim, clip_dim, "fp32", "made-up-eva", "made-up-clip")
     projection = torch.randn(eva_dim, clip_dim, generator=torch.Generator().manual_seed(99)) / eva_dim**0.5
     generator = torch.Generator().manual_seed(seed)
     with DatasetWriter(folder, spec, samples_per_shard=8) as writer:
         for i in range(num_samples):
             eva = torch.randn(grid * grid, eva_dim, generator=generator)
             clip = eva @ projection + 0.3 * torch.randn(grid * grid, clip_dim, generator=generator)
-            writer.write(f"sample_{i:05d}", eva, clip, {"caption": f"number {i}"})
+            writer.write(f"sample_{i:05d}", {"eva": eva, "clip": clip}, {"caption": f"number {i}"})
     return folder
 
 

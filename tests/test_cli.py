@@ -103,8 +103,8 @@ def test_generate_writes_a_dataset_that_verifies(command, run_dir, trained, tmp_
     source, generated = EmbeddingDataset(trained / "held"), EmbeddingDataset(tmp_path / "out")
     assert generated.key(0, 3) == source.key(0, 3)
     assert generated.meta(0, 3)["caption"] == source.meta(0, 3)["caption"]
-    assert torch.equal(generated.read(0, 3).eva, source.read(0, 3).eva)
-    assert not torch.equal(generated.read(0, 3).clip, source.read(0, 3).clip)
+    assert torch.equal(generated.read(0, 3)["eva"], source.read(0, 3)["eva"])
+    assert not torch.equal(generated.read(0, 3)["clip"], source.read(0, 3)["clip"])
 
 
 @pytest.mark.parametrize("step", [2, 4])

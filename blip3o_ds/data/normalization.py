@@ -1,27 +1,29 @@
 """Between the space of the stored embeddings and the space that the network sees, one of three ways.
 
-`minimal` leaves both sides raw, `full` gives every token unit length, `standardize` uses the per-channel statistics of
-the training set; only the last can be inverted, the others generate in network space.
+`minimal` means raw embeddings, no normalisation; `full` gives every token unit length; `standardize` uses the
+per-channel statistics of the training set and is the only one with an inverse: after `full`, what is generated has unit
+scale.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_ds.data.format.schema import ChannelStats
+from blip3o_ds.data.format.manifest import ChannelStats
 from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 from blip3o_ds.files import atomic_write_json
 
 Mode = Literal["minimal", "full", "standardize"]
 
-_MODES = ("minimal", "full", "standardize")
-_STATISTICS = ("eva_mean", "eva_std", "clip_mean", "clip_std")
+# The file names both statistics of the usual pair in every mode, and leaves them null where they are not used.
+_UNUSED = dict.fromkeys(("eva_mean", "eva_std", "clip_mean", "clip_std"))
 
 
 class Normalizer:
@@ -30,49 +32,39 @@ class Normalizer:
     A channel that is constant in the training set (`std` zero) is centred and not scaled.
     """
 
-    def __init__(
-        self,
-        mode: Mode,
-        eva_mean: Tensor | None = None,
-        eva_std: Tensor | None = None,
-        clip_mean: Tensor | None = None,
-        clip_std: Tensor | None = None,
-    ) -> None:
-        """Statistics are `[De]` and `[Dc]`, needed by `standardize` alone.
+    def __init__(self, mode: Mode, stats: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+        """`stats` are each tensor's mean and standard deviation, [D]; only `standardize` needs them.
 
         Raises:
-            ConfigError: the mode is unknown, or `standardize` lacks a statistic.
+            ConfigError: the mode is unknown, or `standardize` lacks the statistics.
         """
-        if mode not in _MODES:
-            raise ConfigError(f"data.normalization = {mode!r}: expected one of {', '.join(_MODES)}")
-        statistics = (eva_mean, eva_std, clip_mean, clip_std)
-        absent = [name for name, value in zip(_STATISTICS, statistics, strict=True) if value is None]
-        if mode == "standardize" and absent:
-            raise ConfigError(f"data.normalization = standardize: no {', '.join(absent)}; read them from the manifest")
+        if mode not in get_args(Mode):
+            raise ConfigError(f"data.normalization = {mode!r}: expected one of {', '.join(get_args(Mode))}")
+        if mode == "standardize" and not stats:
+            raise ConfigError("data.normalization = standardize: no mean and std; read them from the manifest")
         self.mode = mode
-        self.eva_mean, self.eva_std, self.clip_mean, self.clip_std = (
-            None if value is None else value.float() for value in statistics
-        )
+        self._stats = {name: (mean.float(), std.float()) for name, (mean, std) in (stats or {}).items()}
 
     @classmethod
-    def from_stats(cls, mode: Mode, eva_stats: ChannelStats, clip_stats: ChannelStats) -> Normalizer:
-        """From a manifest's `eva_stats` and `clip_stats`."""
+    def from_stats(cls, mode: Mode, stats: Mapping[str, ChannelStats]) -> Normalizer:
+        """From a manifest's `stats`."""
         if mode != "standardize":
             return cls(mode)
-        sides = (torch.from_numpy(values) for s in (eva_stats, clip_stats) for values in (s.mean, s.var**0.5))
-        return cls(mode, *sides)
+        return cls(mode, {name: (torch.from_numpy(s.mean), torch.from_numpy(s.var**0.5)) for name, s in stats.items()})
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Normalizer:
         """Rebuild what `state_dict` described."""
-        values = (state.get(name) for name in _STATISTICS)
-        return cls(state["mode"], *(None if value is None else torch.tensor(value) for value in values))
+        names = [key.removesuffix("_mean") for key, value in state.items() if key.endswith("_mean") and value]
+        stats = {name: (torch.tensor(state[f"{name}_mean"]), torch.tensor(state[f"{name}_std"])) for name in names}
+        return cls(state["mode"], stats)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON: the mode, and each statistic as a list of numbers or None."""
-        values = {name: getattr(self, name) for name in _STATISTICS}
-        lists = {name: None if value is None else value.tolist() for name, value in values.items()}
-        return {"mode": self.mode, **lists}
+        """Plain JSON: the mode, and each tensor's statistics as lists of numbers, `NAME_mean` and `NAME_std`."""
+        state: dict[str, Any] = {"mode": self.mode}
+        for name, (mean, std) in self._stats.items():
+            state |= {f"{name}_mean": mean.tolist(), f"{name}_std": std.tolist()}
+        return state if self._stats else {**state, **_UNUSED}
 
     def save(self, path: str | Path) -> None:
         """Write `state_dict` as a JSON file."""
@@ -89,37 +81,32 @@ class Normalizer:
             return cls.from_state(json.loads(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; it belongs beside a run's checkpoints and exports") from None
-        except (ValueError, KeyError, TypeError, ConfigError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{path}: not a normaliser's state ({error!r}); copy it again from the run") from None
 
-    def eva(self, x: Tensor) -> Tensor:
-        """`[..., De]` to network space."""
-        return self._normalize("eva", x, self.eva_mean, self.eva_std)
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every tensor, [..., D], in network space."""
+        return {name: self._normalize(name, x) for name, x in tensors.items()}
 
-    def clip(self, x: Tensor) -> Tensor:
-        """`[..., Dc]` to network space."""
-        return self._normalize("clip", x, self.clip_mean, self.clip_std)
-
-    def clip_inverse(self, y: Tensor) -> Tensor:
-        """Generated `[..., Dc]` back to the space of the stored embeddings; `full` keeps unit scale."""
+    def inverse(self, name: str, y: Tensor) -> Tensor:
+        """A generated tensor, [..., D], in the space of the stored embeddings; `full` keeps unit scale."""
         if self.mode != "standardize":
             return y
-        mean, scale = _mean_and_scale("clip", y, self.clip_mean, self.clip_std)
-        return (y.float() * scale + mean).to(y.dtype)
+        mean, std = self._mean_and_std(name, y)
+        return (y.float() * std + mean).to(y.dtype)
 
-    def _normalize(self, side: str, x: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    def _normalize(self, name: str, x: Tensor) -> Tensor:
         if self.mode == "minimal":
             return x
         if self.mode == "full":
             return F.normalize(x.float(), dim=-1).to(x.dtype)
-        mean, scale = _mean_and_scale(side, x, mean, std)
-        return ((x.float() - mean) / scale).to(x.dtype)
+        mean, std = self._mean_and_std(name, x)
+        return ((x.float() - mean) / std).to(x.dtype)
 
-
-def _mean_and_scale(side: str, x: Tensor, mean: Tensor | None, std: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert mean is not None  # the constructor saw to it
-    assert std is not None
-    if x.shape[-1] != len(mean):
-        raise DataError(f"{side}: {x.shape[-1]} channels, but the normalisation statistics have {len(mean)}")
-    scale = torch.where(std > 0, std, torch.ones_like(std))
-    return mean.to(x.device), scale.to(x.device)
+    def _mean_and_std(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        if name not in self._stats:
+            raise DataError(f"{name}: no normalisation statistics; there are some for {', '.join(self._stats)}")
+        mean, std = self._stats[name]
+        if x.shape[-1] != len(mean):
+            raise DataError(f"{name}: {x.shape[-1]} channels, but the normalisation statistics have {len(mean)}")
+        return mean.to(x.device), torch.where(std > 0, std, torch.ones_like(std)).to(x.device)

@@ -182,7 +182,7 @@ def _dataset_spec(
         )
     condition.require_layout(token_layout)
     target.require_layout(token_layout)
-    return DatasetSpec(
+    return DatasetSpec.pair(
         num_tokens=condition.grid_size**2 + int(token_layout == "cls_patch"),
         token_layout=token_layout,
         eva_dim=condition.embed_dim,
@@ -247,8 +247,7 @@ def _batches(decoded: Iterable[_Decoded], batch_size: int) -> Iterator[list[_Dec
 @dataclass(frozen=True)
 class _EncodedBatch:
     samples: list[_Decoded]
-    eva: Tensor  # [B, N, De], on the CPU
-    clip: Tensor  # [B, N, Dc], on the CPU
+    tensors: dict[str, Tensor]  # by name [B, N, D], on the CPU
 
 
 def _encode(
@@ -256,12 +255,12 @@ def _encode(
 ) -> _EncodedBatch:
     eva = condition(torch.stack([sample.condition for sample in batch]), token_layout)
     clip = target(torch.stack([sample.target for sample in batch]), token_layout)
-    return _EncodedBatch(batch, eva.cpu(), clip.cpu())
+    return _EncodedBatch(batch, {"eva": eva.cpu(), "clip": clip.cpu()})
 
 
 def _write(batch: _EncodedBatch, writer: DatasetWriter, progress: _Progress) -> None:
     for index, sample in enumerate(batch.samples):
-        writer.write(sample.record.key, batch.eva[index], batch.clip[index], sample.meta)
+        writer.write(sample.record.key, {name: x[index] for name, x in batch.tensors.items()}, sample.meta)
     progress.add_written(batch.samples)
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_ds.data.format.index import index_path
-from blip3o_ds.data.format.moments import ChannelMoments
-from blip3o_ds.data.format.schema import MANIFEST_NAME, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from blip3o_ds.data.format.moments import merge_moments, moments_of_stats, no_moments, stats_of_moments
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import shard_paths
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write, atomic_write_json, fsync_dir
@@ -125,7 +126,7 @@ class Extraction:
 
     def _join(self) -> None:
         shards: list[ShardInfo] = []
-        eva, clip = ChannelMoments.empty(self._spec.eva_dim), ChannelMoments.empty(self._spec.clip_dim)
+        moments = no_moments(self._spec)
         broken = b""
         for number in range(self._num_parts):
             folder = self.part_folder(number)
@@ -139,8 +140,7 @@ class Extraction:
                 _move(folder / info.name, target)
                 _move(index_path(folder / info.name), index_path(target))
                 shards.append(replace(info, name=target.name))
-            eva = eva.merge(ChannelMoments.from_stats(part.eva_stats))
-            clip = clip.merge(ChannelMoments.from_stats(part.clip_stats))
+            moments = merge_moments(moments, moments_of_stats(part.stats))
         if broken:
             with atomic_write(self._dst / BROKEN_NAME) as file:
                 file.write(broken)
@@ -148,7 +148,7 @@ class Extraction:
             raise DataError(f"{self._dst}: no picture could be used; see {BROKEN_NAME} in it")
         fsync_dir(self._dst)
         extra = {**self._weights, "extraction": self._plan}
-        Manifest(self._spec, tuple(shards), eva.to_stats(), clip.to_stats(), extra).save(self._dst)
+        Manifest(self._spec, tuple(shards), stats_of_moments(moments), extra).save(self._dst)
         logger.info("%s is finished: %d shards", self._dst, len(shards))
 
     def _compare(self, found: Any, path: Path) -> None:

@@ -194,8 +194,8 @@ def _tokens(
     dataset: EmbeddingDataset, normalizer: Normalizer, indices: list[int], device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in read_batches(dataset, indices, FIT_BATCH):
-        x = normalizer.eva(batch.eva.float()).flatten(0, 1).to(device).double()
-        y = normalizer.clip(batch.clip.float()).flatten(0, 1).to(device).double()
+        pair = normalizer({name: batch[name].float() for name in ("eva", "clip")})
+        x, y = (tensor.flatten(0, 1).to(device).double() for tensor in pair.values())
         if not (x.isfinite().all() and y.isfinite().all()):
             raise DataError(
                 f"samples {', '.join(batch.keys)}: an embedding among them holds NaN or infinity; "

@@ -1,6 +1,6 @@
 """Generated embeddings written as a dataset of the same format, for whatever reads such a dataset next.
 
-EVA embeddings, keys, captions and order are those of the source; the CLIP embeddings are the model's.
+The CLIP embeddings are the model's; all other tensors, keys, captions and the order are those of the source.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ def _write_all(
     device: torch.device | str,
     facts: dict[str, Any],
 ) -> None:
-    shape = (dataset.spec.num_tokens, dataset.spec.clip_dim)
+    shape = dataset.spec.shape("clip")
     progress = ProgressLog(logger, "generating", len(dataset))
     for batch in read_batches(dataset, range(len(dataset)), batch_size):
         noise = evaluation_noise(flow, batch.positions, shape, sampler.seed, device)
-        eva = normalizer.eva(batch.eva.to(device).float())
-        clip = normalizer.clip_inverse(sample(model, flow, eva, noise, sampler)).cpu()
+        eva = normalizer({"eva": batch["eva"].to(device).float()})["eva"]
+        clip = normalizer.inverse("clip", sample(model, flow, eva, noise, sampler)).cpu()
         for row, position in enumerate(batch.positions.tolist()):
             meta = {**dataset.meta(*dataset.place(position)), "generated": facts}
-            writer.write(batch.keys[row], batch.eva[row], clip[row], meta)
+            stored = {name: x[row] for name, x in batch.tensors.items()}
+            writer.write(batch.keys[row], {**stored, "clip": clip[row]}, meta)
         progress.at(int(batch.positions[-1]) + 1)

@@ -85,7 +85,7 @@ def evaluate(
     if not indices:
         raise DataError("the dataset to evaluate is empty")
     baselines = baselines.to(device)
-    train_mean = normalizer.clip_inverse(baselines.clip_mean)
+    train_mean = normalizer.inverse("clip", baselines.clip_mean)
     accumulators = {reading: MetricAccumulator(train_mean, reading) for reading in READINGS}
     own = indices[rank::world_size]
     progress = ProgressLog(logger, "evaluating", len(own))
@@ -128,8 +128,8 @@ def _generate(
     sampler: SamplerConfig,
     device: torch.device | str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    eva = normalizer.eva(batch.eva.to(device).float())
-    clip = normalizer.clip(batch.clip.to(device).float())
+    pair = normalizer({name: batch[name].to(device).float() for name in ("eva", "clip")})
+    eva, clip = pair["eva"], pair["clip"]
     noise = evaluation_noise(flow, batch.positions, (clip.shape[1], clip.shape[2]), sampler.seed, device)
     generated = {
         "posterior_mean": posterior_mean(model, flow, eva, noise),
@@ -137,7 +137,7 @@ def _generate(
         "ridge": baselines.predict_ridge(eva),
         "mean_embedding": baselines.predict_mean(eva),
     }
-    return normalizer.clip_inverse(clip), {name: normalizer.clip_inverse(y) for name, y in generated.items()}
+    return normalizer.inverse("clip", clip), {name: normalizer.inverse("clip", y) for name, y in generated.items()}
 
 
 def _join(accumulators: dict[str, MetricAccumulator], gather: Gather | None) -> dict[str, dict[str, float]]:

@@ -70,8 +70,8 @@ class LoadedModel:
         dataset = EmbeddingDataset(
             folder, token_layout=model.token_layout, cache_dir=data.cache_dir, cache_gb=data.cache_gb
         )
-        for name in ("eva_dim", "clip_dim", "grid_size"):
-            found, expected = getattr(dataset.spec, name), getattr(model, name)
+        for name, found in dataset.spec.model_dims().items():
+            expected = getattr(model, name)
             if found != expected:
                 raise DataError(f"{folder}: {name} is {found}, but the model was trained with {expected}")
         return dataset

@@ -30,8 +30,7 @@ def read_batches(dataset: EmbeddingDataset, indices: Sequence[int], batch_size: 
         part = indices[start : start + batch_size]
         samples = [dataset.read(*dataset.place(index)) for index in part]
         yield Batch(
-            eva=torch.stack([sample.eva for sample in samples]),
-            clip=torch.stack([sample.clip for sample in samples]),
+            tensors={name: torch.stack([sample[name] for sample in samples]) for name in dataset.spec.tensors},
             positions=torch.tensor(list(part), dtype=torch.int64),
             keys=[sample.key for sample in samples],
         )

@@ -35,12 +35,12 @@ class StepMeter:
         self._own_start = self._moment()
 
     def add(self, result: FlowLoss, batch: Batch) -> None:
-        """Count one micro-batch, expanded, on the device, between its forward and its backward pass."""
+        """Count one micro-batch, decoded, on the device, between its forward and its backward pass."""
         if self._own_start is not None:
             self._own_spans.append((self._own_start, self._moment()))
             self._own_start = None
         with torch.no_grad():
-            norms = [x.float().norm(dim=-1).mean() for x in (batch.clip, batch.eva)]
+            norms = [x.float().norm(dim=-1).mean() for x in (batch["clip"], batch["eva"])]
             values = (*(field.mean() for field in result), *norms)
             self._pending += torch.stack(values).double()
         self._pending_batches += 1

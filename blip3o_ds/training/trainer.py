@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.reading.bad_samples import FaultLog
+from blip3o_ds.data.reading.bad_samples import BadSamples
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
@@ -65,15 +65,15 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         setup_logging(rank)
         stack.enter_context(PeerWatch(min(SILENCE_SECONDS, config.train.timeout_seconds)))
         stop = stack.enter_context(StopSignal())
-        faults = FaultLog(config.data.on_bad_sample, config.data.on_bad_shard)
-        dataset = open_train_data(config, faults)
+        bad_samples = BadSamples(config.data.on_bad_sample, config.data.on_bad_shard)
+        dataset = open_train_data(config, bad_samples)
         run_dir = prepare_run_dir(config, resume, rank)
         setup_logging(rank, run_dir / "clip_reproduction_training.log")
-        faults.write_to(run_dir / "bad_samples.jsonl", rank)
+        bad_samples.write_to(run_dir / "bad_samples.jsonl", rank)
         if resume:
             config = keep_global_batch(config, run_dir, world_size)
         normalizer, baselines = prepare_statistics(config, dataset, run_dir, rank, device)
-        splits = open_eval_data(config, dataset, faults)
+        splits = open_eval_data(config, dataset, bad_samples)
 
         global_batch = config.train.micro_batch_size * config.train.gradient_accumulation_steps * world_size
         total_steps = count_steps(config, len(dataset), global_batch)
@@ -136,9 +136,10 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
             step += 1
             keys, losses = [], []
             for stored in loader.next_step():
-                batch = stored.expand()
+                batch = stored.decode()
                 keys += batch.keys
-                clip, eva = normalizer.clip(batch.clip), normalizer.eva(batch.eva)
+                tensors = normalizer({name: batch[name] for name in ("eva", "clip")})
+                eva, clip = tensors["eva"], tensors["clip"]
                 noise, t, drop = flow.draw(batch.positions, tuple(clip.shape[1:]), config.train.seed, device)
                 result = flow.loss(engine, clip, eva, noise, t, drop)
                 losses.append(result.mse.detach())
@@ -222,7 +223,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
         return summary
 
 
-def open_train_data(config: RunConfig, faults: FaultLog) -> EmbeddingDataset:
+def open_train_data(config: RunConfig, bad_samples: BadSamples) -> EmbeddingDataset:
     """The training set as the run reads it.
 
     Raises:
@@ -238,7 +239,7 @@ def open_train_data(config: RunConfig, faults: FaultLog) -> EmbeddingDataset:
         token_layout=config.model.token_layout,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
-        faults=faults,
+        bad_samples=bad_samples,
     )
     check_dims(config, dataset, config.data.train_dir)
     wanted = config.train.overfit_test_size
@@ -249,13 +250,7 @@ def open_train_data(config: RunConfig, faults: FaultLog) -> EmbeddingDataset:
 
 def check_dims(config: RunConfig, dataset: EmbeddingDataset, folder: str) -> None:
     """Raise a `ConfigError` unless the dataset's dims are the model's."""
-    cls = dataset.spec.token_layout == "cls_patch"
-    found = {
-        "eva_dim": dataset.spec.eva_dim,
-        "clip_dim": dataset.spec.clip_dim,
-        "grid_size": math.isqrt(dataset.spec.num_tokens - cls),
-    }
-    wrong = {name: value for name, value in found.items() if getattr(config.model, name) != value}
+    wrong = {name: value for name, value in dataset.spec.model_dims().items() if getattr(config.model, name) != value}
     if wrong:
         stated = ", ".join(
             f"model.{name} = {getattr(config.model, name)} but the data has {v}" for name, v in wrong.items()
@@ -264,7 +259,9 @@ def check_dims(config: RunConfig, dataset: EmbeddingDataset, folder: str) -> Non
         raise ConfigError(f"{folder}: {stated}; for this data: {remedy}")
 
 
-def open_eval_data(config: RunConfig, train_data: EmbeddingDataset, faults: FaultLog) -> dict[str, EmbeddingDataset]:
+def open_eval_data(
+    config: RunConfig, train_data: EmbeddingDataset, bad_samples: BadSamples
+) -> dict[str, EmbeddingDataset]:
     """The splits to evaluate on, by name; in an overfit test, or with no held-out set, the training samples."""
     if config.train.overfit_test_size:
         return {"overfit": train_data}
@@ -278,7 +275,7 @@ def open_eval_data(config: RunConfig, train_data: EmbeddingDataset, faults: Faul
             token_layout=config.model.token_layout,
             cache_dir=config.data.cache_dir,
             cache_gb=config.data.cache_gb,
-            faults=faults,
+            bad_samples=bad_samples,
         )
         check_dims(config, splits[name], folder)
     if splits:
@@ -293,8 +290,7 @@ def prepare_statistics(
     """The normaliser and the baselines of the training set, computed once by rank 0 and kept in the run folder."""
     baselines_file, normalizer_file = run_dir / BASELINES, run_dir / NORMALIZER
     if rank == 0 and not baselines_file.exists():
-        stats = dataset.manifest.eva_stats, dataset.manifest.clip_stats
-        normalizer = Normalizer.from_stats(config.data.normalization, *stats)
+        normalizer = Normalizer.from_stats(config.data.normalization, dataset.manifest.stats)
         normalizer.save(normalizer_file)
         fit_baselines(dataset, normalizer, device=device).save(baselines_file)
     dist.barrier()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.data.format.schema import DatasetSpec
-from blip3o_ds.data.reading.dataset import DatasetWriter
+from blip3o_ds.data.format.writer import DatasetWriter
 
-SPEC = DatasetSpec(
+SPEC = DatasetSpec.pair(
     num_tokens=5,
     token_layout="cls_patch",
     eva_dim=8,
@@ -36,8 +36,8 @@ def samples() -> Callable[..., list[tuple[str, Tensor, Tensor, dict]]]:
         generator = torch.Generator().manual_seed(0)
         made = []
         for i in range(count):
-            eva = 3 + torch.randn(spec.num_tokens, spec.eva_dim, generator=generator)
-            clip = torch.randn(spec.num_tokens, spec.clip_dim, generator=generator)
+            eva = 3 + torch.randn(spec.num_tokens, spec.tensors["eva"].dim, generator=generator)
+            clip = torch.randn(spec.num_tokens, spec.tensors["clip"].dim, generator=generator)
             made.append((f"image{i:03d}", eva, clip, {"caption": f"a picture of {i} cats — né"}))
         return made
 
@@ -51,8 +51,8 @@ def dataset_dir(tmp_path: Path, samples: Callable) -> Callable[..., Path]:
     def make(count: int, samples_per_shard: int = 4, spec: DatasetSpec = SPEC) -> Path:
         dst = tmp_path / "dataset"
         with DatasetWriter(dst, spec, samples_per_shard) as writer:
-            for sample in samples(count, spec):
-                writer.write(*sample)
+            for key, eva, clip, meta in samples(count, spec):
+                writer.write(key, {"eva": eva, "clip": clip}, meta)
         return dst
 
     return make

@@ -40,8 +40,9 @@ import torch
 
 from blip3o_ds.data.format import index as index_module
 from blip3o_ds.data.format.schema import DatasetSpec
-from blip3o_ds.data.reading.bad_samples import FaultLog
-from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.bad_samples import BadSamples
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.data.tools.pickles import load_pickle
 from blip3o_ds.data.tools.repair import repair
@@ -97,11 +98,11 @@ def make_corpus(work: Path) -> Corpus:
     for dtype in ("bf16", "fp8-e4m3"):
         folder = work / f"sound_{dtype}"
         shutil.rmtree(folder, ignore_errors=True)
-        spec = DatasetSpec(2, "cls_patch", 3, 2, dtype, "a", "b")
+        spec = DatasetSpec.pair(2, "cls_patch", 3, 2, dtype, "a", "b")
         with DatasetWriter(folder, spec, 2) as writer:
             for i in range(3):
                 key = f"long-{'k' * 100}{i}" if i == 1 else f"key{i}"
-                writer.write(key, torch.randn(2, 3), torch.randn(2, 2), {"caption": f"a picture {i}"})
+                writer.write(key, {"eva": torch.randn(2, 3), "clip": torch.randn(2, 2)}, {"caption": f"a picture {i}"})
         datasets.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
     return Corpus(work, canary, datasets, list(_sound_pickles()), list(_hostile_pickles(canary)))
 
@@ -317,9 +318,9 @@ def try_dataset(rng: random.Random, corpus: Corpus, files: dict[str, bytes]) -> 
     for name, content in files.items():
         (folder / name).write_bytes(content)
     refused = False
-    for faults in (FaultLog(), FaultLog("skip", "skip")):
+    for bad_samples in (BadSamples(), BadSamples("skip", "skip")):
         try:
-            dataset = EmbeddingDataset(folder, faults=faults)
+            dataset = EmbeddingDataset(folder, bad_samples=bad_samples)
             for shard, size in enumerate(dataset.shard_sizes[:4]):
                 for i in range(min(size, 4)):
                     dataset.read(shard, i)

@@ -8,14 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.data.format.schema import DatasetSpec, Manifest
+from blip3o_ds.data.format.manifest import Manifest
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter, sole_writer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.order import GlobalOrder
@@ -25,15 +25,16 @@ from blip3o_ds.data.tools.split import split
 from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 
-SPEC = DatasetSpec(4, "patch_only", 8, 4, "fp32", "eva", "clip")
+SPEC = DatasetSpec.pair(4, "patch_only", 8, 4, "fp32", "eva", "clip")
 
 
 def write(folder: Path, keys: range, spec: DatasetSpec = SPEC) -> Path:
     with DatasetWriter(folder, spec, samples_per_shard=3) as writer:
         for i in keys:
             generator = torch.Generator().manual_seed(i)
-            eva = i + torch.randn(spec.num_tokens, spec.eva_dim, generator=generator)
-            writer.write(f"key{i}", eva, torch.randn(spec.num_tokens, spec.clip_dim, generator=generator), {"n": i})
+            eva = i + torch.randn(spec.shape("eva"), generator=generator)
+            clip = torch.randn(spec.shape("clip"), generator=generator)
+            writer.write(f"key{i}", {"eva": eva, "clip": clip}, {"n": i})
     return folder
 
 
@@ -52,8 +53,8 @@ def test_appending_gives_what_writing_all_at_once_gives(tmp_path):
     assert verify(dst).problems == []
     found, expected = Manifest.load(dst), Manifest.load(whole)
     assert found.shards == expected.shards
-    assert np.allclose(found.eva_stats.mean, expected.eva_stats.mean, rtol=1e-12)
-    assert np.allclose(found.eva_stats.var, expected.eva_stats.var, rtol=1e-12)
+    assert np.allclose(found.stats["eva"].mean, expected.stats["eva"].mean, rtol=1e-12)
+    assert np.allclose(found.stats["eva"].var, expected.stats["eva"].var, rtol=1e-12)
     assert [entry["name"] for entry in found.extra["appended"]] == ["b", "c"]
     assert (dst / "shard_00002.tar").samefile(tmp_path / "b" / "shard_00000.tar")
 
@@ -92,7 +93,7 @@ def damaged(folder: Path) -> Path:
             r"s/shard_00000\.tar: key 'key5' is in .*dst/shard_00001\.tar as well",
         ),
         (lambda p: [write(p / "s", range(6, 9))] * 2, "key 'key6' is in .* as well"),
-        (lambda p: [write(p / "s", range(6, 9), replace(SPEC, dtype="bf16"))], r"spec is not that .*dtype: 'bf16'"),
+        (lambda p: [write(p / "s", range(6, 9), SPEC.stored_as("bf16"))], r"spec is not that .*dtype: 'bf16'"),
         (lambda p: [damaged(write(p / "s", range(6, 12)))], r"s/shard_00001\.tar has \d+ bytes"),
         (lambda p: [write(p / "s", range(6, 9)), p / "absent"], r"absent/manifest\.json is missing"),
     ],
@@ -165,9 +166,9 @@ def test_a_writer_lets_go_of_the_folder_however_it_ends(tmp_path):
         pass
     finished = DatasetWriter(dst, SPEC)
     with finished:
-        finished.write("a", torch.zeros(4, 8), torch.zeros(4, 4), {})
+        finished.write("a", {"eva": torch.zeros(4, 8), "clip": torch.zeros(4, 4)}, {})
     with pytest.raises(DataError, match="another specification") as refused:
-        DatasetWriter.resume(dst, replace(SPEC, dtype="bf16"))
+        DatasetWriter.resume(dst, SPEC.stored_as("bf16"))
     with pytest.raises(DataError, match="already holds shards") as refused_too:
         DatasetWriter(dst, SPEC)
     with sole_writer(dst):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 from blip3o_ds.cli import main
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.tools import bench as bench_module
 from blip3o_ds.data.tools.bench import bench
 from blip3o_ds.errors import DataError
@@ -17,8 +17,8 @@ WAYS = {"sequential read", "tarfile", "webdataset", "pickled shards", "loader"}
 
 
 @pytest.fixture
-def small(monkeypatch, spec):
-    monkeypatch.setattr(bench_module, "_SPEC", replace(spec, eva_dim=512, clip_dim=256))
+def small(monkeypatch):
+    monkeypatch.setattr(bench_module, "_SPEC", DatasetSpec.pair(5, "cls_patch", 512, 256, "bf16", "eva", "clip"))
     monkeypatch.setattr(bench_module, "_SAMPLES", 21)
     monkeypatch.setattr(bench_module, "_SAMPLES_PER_SHARD", 8)
 
@@ -43,7 +43,7 @@ def test_webdataset_and_the_pickles_deliver_the_samples_of_the_dataset(small, tm
     bench_module._write_dataset(tmp_path / "set")
     dataset = bench_module.EmbeddingDataset(tmp_path / "set")
     expected = sorted(
-        float(dataset.read(s, i).eva.double().sum()) for s, n in enumerate(dataset.shard_sizes) for i in range(n)
+        float(dataset.read(s, i)["eva"].double().sum()) for s, n in enumerate(dataset.shard_sizes) for i in range(n)
     )
     tars = sorted((tmp_path / "set").glob("*.tar"))
     pickles = bench_module._write_pickles(tmp_path / "set", tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.format.manifest import Manifest
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import Batch
 from blip3o_ds.data.tools import convert as convert_module
@@ -76,7 +76,7 @@ def test_converted_values_keys_and_captions_are_the_source_s(
     assert [meta["caption"] for meta in metas] == [text for content in sources for text in content["captions"]]
     for side in ("eva", "clip"):
         expected = np.concatenate([np.asarray(content[f"{side}_blip3o_embeddings"]) for content in sources])
-        np.testing.assert_array_equal(getattr(batch, side).numpy(), expected)
+        np.testing.assert_array_equal(batch[side].numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -89,7 +89,7 @@ def test_converted_values_are_the_source_s_within_rounding(tmp_path: Path, dtype
     batch = read_whole(tmp_path / "dst")
     for side in ("eva", "clip"):
         source = content[f"{side}_blip3o_embeddings"].double().numpy()
-        error = np.abs(getattr(batch, side).double().numpy() - source)
+        error = np.abs(batch[side].double().numpy() - source)
         # fp8 steps are relative down to the subnormals, 2^-9 of a scale of amax / 448.
         floor = np.abs(source).max(-1, keepdims=True) / 448 * 2.0**-9 if dtype == "fp8-e4m3" else 0.0
         assert (error <= ROUNDING[dtype] * np.abs(source) + floor).all()
@@ -104,7 +104,7 @@ def test_statistics_are_those_of_the_stored_values_in_float64(tmp_path: Path, dt
 
     batch = read_whole(tmp_path / "dst")
     manifest = Manifest.load(tmp_path / "dst")
-    for values, stats in ((batch.eva, manifest.eva_stats), (batch.clip, manifest.clip_stats)):
+    for values, stats in ((batch["eva"], manifest.stats["eva"]), (batch["clip"], manifest.stats["clip"])):
         tokens = values.double().numpy().reshape(-1, values.shape[-1])
         assert stats.count == len(tokens)
         np.testing.assert_allclose(stats.mean, tokens.mean(0), rtol=1e-12, atol=1e-14)
@@ -118,8 +118,8 @@ def test_patch_only_of_data_with_a_cls_token_drops_token_0(tmp_path: Path) -> No
     convert(path, tmp_path / "dst", token_layout="patch_only", dtype="fp32")
 
     batch = read_whole(tmp_path / "dst")
-    torch.testing.assert_close(batch.eva, content["eva_blip3o_embeddings"][:, 1:], rtol=0, atol=0)
-    torch.testing.assert_close(batch.clip, content["clip_blip3o_embeddings"][:, 1:], rtol=0, atol=0)
+    torch.testing.assert_close(batch["eva"], content["eva_blip3o_embeddings"][:, 1:], rtol=0, atol=0)
+    torch.testing.assert_close(batch["clip"], content["clip_blip3o_embeddings"][:, 1:], rtol=0, atol=0)
 
 
 def test_of_a_folder_with_both_layouts_the_one_asked_is_converted(tmp_path: Path) -> None:

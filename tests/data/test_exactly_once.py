@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip3o_ds.data.format.schema import DatasetSpec
-from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.training.trainer import count_steps
 
 WORLD_SIZES = (1, 2, 3, 8)
-SPEC = DatasetSpec(1, "patch_only", 2, 1, "fp32", "made-up-eva", "made-up-clip")
+SPEC = DatasetSpec.pair(1, "patch_only", 2, 1, "fp32", "made-up-eva", "made-up-clip")
 
 shard_sizes = st.lists(st.integers(1, 7), min_size=1, max_size=9)
 seeds = st.integers(0, 2**64 - 1)
@@ -75,7 +76,7 @@ def read_steps(dataset, order, world, global_batch, steps, state=None, accumulat
             for step in read:
                 for batch in loader.next_step():
                     places = [tuple(map(int, key.split("/"))) for key in batch.keys]
-                    assert batch.eva[:, 0].tolist() == [list(map(float, place)) for place in places]
+                    assert batch["eva"][:, 0].tolist() == [list(map(float, place)) for place in places]
                     step += zip(batch.positions.tolist(), places, strict=True)
             states.append(loader.state_dict())
     assert all(found == states[0] for found in states)  # no rank is ahead of another
@@ -167,7 +168,8 @@ def test_an_epoch_of_a_dataset_on_disk_holds_every_key_once(count, per_shard, se
     with tempfile.TemporaryDirectory() as folder:
         with DatasetWriter(Path(folder), SPEC, per_shard) as writer:
             for i in range(count):
-                writer.write(f"key{i}", torch.full((1, 2), float(i)), torch.full((1, 1), float(-i)), {})
+                tensors = {"eva": torch.full((1, 2), float(i)), "clip": torch.full((1, 1), float(-i))}
+                writer.write(f"key{i}", tensors, {})
         dataset = EmbeddingDataset(folder)
         keys = {}
         for rank in range(world):
@@ -182,8 +184,8 @@ def test_an_epoch_of_a_dataset_on_disk_holds_every_key_once(count, per_shard, se
                 for _ in range(-(-2 * count // loader.samples_per_step)):
                     for batch in loader.next_step():
                         numbers = [int(key.removeprefix("key")) for key in batch.keys]
-                        assert batch.eva[:, 0, 1].tolist() == numbers
-                        assert batch.clip[:, 0, 0].neg().tolist() == numbers
+                        assert batch["eva"][:, 0, 1].tolist() == numbers
+                        assert batch["clip"][:, 0, 0].neg().tolist() == numbers
                         keys.update(zip(batch.positions.tolist(), batch.keys, strict=True))
         dataset.close()
     for epoch in range(2):

@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import logging
+import os
 import re
 import tarfile
 import threading
@@ -23,12 +24,13 @@ import torch
 import blip3o_ds.data.reading.dataset as shards_module
 import blip3o_ds.data.reading.ring as ring_module
 from blip3o_ds.data.format.index import ShardIndex, index_path
-from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.format.manifest import Manifest
 from blip3o_ds.data.format.writer import ShardWriter
-from blip3o_ds.data.reading.bad_samples import FaultLog
-from blip3o_ds.data.reading.dataset import EmbeddingDataset, ShardReader
+from blip3o_ds.data.reading.bad_samples import BadSamples
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.reading.shard import ShardReader
 from blip3o_ds.data.tools.repair import repair
 from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
@@ -101,8 +103,8 @@ def repeat_a_shard(folder: Path) -> None:
         (folder / f"shard_00002.tar{suffix}").write_bytes((folder / f"shard_00000.tar{suffix}").read_bytes())
     manifest = Manifest.load(folder)
     shards = (*manifest.shards[:2], replace(manifest.shards[0], name="shard_00002.tar"))
-    stats = [replace(s, count=12 * 5) for s in (manifest.eva_stats, manifest.clip_stats)]
-    replace(manifest, shards=shards, eva_stats=stats[0], clip_stats=stats[1]).save(folder)
+    stats = {name: replace(s, count=12 * 5) for name, s in manifest.stats.items()}
+    replace(manifest, shards=shards, stats=stats).save(folder)
 
 
 def repeat_a_key(folder: Path) -> None:
@@ -111,7 +113,7 @@ def repeat_a_key(folder: Path) -> None:
     samples = [reader.read(i) for i in range(4)]
     writer = ShardWriter(path, reader.spec, {side: Ignore() for side in ("eva", "clip")})
     for key, sample in zip(["image004", "image005", "image005", "image007"], samples, strict=True):
-        writer.write(key, sample.eva, sample.clip, {})
+        writer.write(key, sample.tensors, {})
     info = writer.finish()
     manifest = Manifest.load(folder)
     shards = list(manifest.shards)
@@ -187,11 +189,11 @@ FAULTS = {
 each_fault = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 
 
-def read(folder: Path, world: int, faults: FaultLog | None = None) -> dict[int, str]:
+def read(folder: Path, world: int, faults: BadSamples | None = None) -> dict[int, str]:
     """Key by position, of what the ranks of a run read in STEPS steps, each rank with a log of its own or `faults`."""
     keys: dict[int, str] = {}
     for rank in range(world):
-        dataset = EmbeddingDataset(folder, faults=faults or FaultLog("skip", "skip"))
+        dataset = EmbeddingDataset(folder, bad_samples=faults or BadSamples("skip", "skip"))
         with EmbeddingLoader(
             dataset,
             GlobalOrder(dataset.shard_sizes, 3, 2),
@@ -202,7 +204,7 @@ def read(folder: Path, world: int, faults: FaultLog | None = None) -> dict[int, 
         ) as loader:
             for _ in range(STEPS):
                 for batch in loader.next_step():
-                    assert torch.isfinite(batch.eva.float()).all()
+                    assert torch.isfinite(batch["eva"].float()).all()
                     keys.update(zip(batch.positions.tolist(), batch.keys, strict=True))
     return keys
 
@@ -234,11 +236,11 @@ def test_a_run_stops_with_file_and_key_unless_told_otherwise(dataset_dir, fault)
     folder = dataset_dir(10)
     fault.damage(folder)
     if fault.load is None:  # a load does not see it
-        assert len(read(folder, 1, FaultLog())) == STEPS * GLOBAL_BATCH
+        assert len(read(folder, 1, BadSamples())) == STEPS * GLOBAL_BATCH
         return
     with pytest.raises(DataError, match=fault.load):
-        read(folder, 1, FaultLog())
-    other = FaultLog("skip", "error") if fault.whole_shard else FaultLog("error", "skip")
+        read(folder, 1, BadSamples())
+    other = BadSamples("skip", "error") if fault.whole_shard else BadSamples("error", "skip")
     with pytest.raises(DataError, match=fault.load):
         read(folder, 1, other)
 
@@ -276,7 +278,7 @@ def test_repair_mends_it_or_leaves_the_folder_as_it_was(dataset_dir, fault):
     assert report.samples == len(found) == len({sample.key for sample in found})
     if fault.damage not in (repeat_a_shard, repeat_a_key):
         assert [s.key for s in found] == [key for key in EVERY_KEY if key not in fault.dropped]
-        assert all(torch.equal(s.eva, samples[s.key].eva) for s in found)
+        assert all(torch.equal(s["eva"], samples[s.key]["eva"]) for s in found)
     assert not repair(folder).manifest_rewritten
 
 
@@ -284,7 +286,7 @@ def test_what_is_skipped_is_counted_and_written_down_once_with_file_and_key(data
     folder = dataset_dir(10)
     put_value(folder, "eva", b"\xc0\x7f")
     (folder / "shard_00002.tar").unlink()
-    faults = FaultLog("skip", "skip")
+    faults = BadSamples("skip", "skip")
     faults.write_to(tmp_path / "bad_samples.jsonl", 3)
     with caplog.at_level(logging.WARNING):
         read(folder, 2, faults)
@@ -301,7 +303,7 @@ def test_what_is_skipped_is_counted_and_written_down_once_with_file_and_key(data
 
 def test_lines_of_many_writers_stay_whole(tmp_path):
     def write(rank: int) -> None:
-        log = FaultLog("skip", "skip")
+        log = BadSamples("skip", "skip")
         log.write_to(tmp_path / "bad_samples.jsonl", rank)
         for i in range(50):
             log.bad_sample("shard", f"{rank}-{i}", DataError("x" * 5000))
@@ -317,8 +319,8 @@ def test_lines_of_many_writers_stay_whole(tmp_path):
 
 def test_a_shard_that_vanishes_under_a_run_is_replaced_from_then_on(dataset_dir, monkeypatch):
     folder = dataset_dir(10)
-    dataset = EmbeddingDataset(folder, faults=FaultLog("skip", "skip"))
-    whole = shards_module.os.preadv
+    dataset = EmbeddingDataset(folder, bad_samples=BadSamples("skip", "skip"))
+    whole = os.preadv
     gone: list[int] = []
 
     def read_or_fail(descriptor, *rest):
@@ -326,11 +328,11 @@ def test_a_shard_that_vanishes_under_a_run_is_replaced_from_then_on(dataset_dir,
             raise OSError(errno.ESTALE, "Stale file handle")
         return whole(descriptor, *rest)
 
-    monkeypatch.setattr(shards_module.os, "preadv", read_or_fail)
+    monkeypatch.setattr(os, "preadv", read_or_fail)
     assert dataset.read(1, 2).key == "image006"
     gone.append(dataset._opened(1).reader._file.fileno())
     assert [dataset.read(1, i).key for i in (2, 0, 3)] == ["image008", "image008", "image009"]
-    assert dataset.faults.num_replaced == 3
+    assert dataset.bad_samples.num_replaced == 3
 
 
 def test_where_every_shard_is_bad_a_run_that_skips_ends_with_an_error(dataset_dir):
@@ -370,7 +372,7 @@ def test_a_read_that_does_not_end_is_named_while_it_lasts(dataset_dir, monkeypat
         return read_into(reader, *arguments)
 
     monkeypatch.setattr(ShardReader, "read_into", hang)
-    run = threading.Thread(target=read, args=(folder, 1, FaultLog()))
+    run = threading.Thread(target=read, args=(folder, 1, BadSamples()))
     run.start()
     deadline = time.monotonic() + 20
     while not any("shard_00001.tar: a read takes" in r.getMessage() for r in caplog.records):
@@ -414,13 +416,13 @@ def test_repair_brings_a_manifest_up_to_date_that_is_older_than_a_shard(dataset_
 
 
 def test_fp8_is_written_again_to_the_bit(dataset_dir, spec):
-    folder = dataset_dir(10, spec=replace(spec, dtype="fp8-e4m3"))
+    folder = dataset_dir(10, spec=spec.stored_as("fp8-e4m3"))
     stored = [EmbeddingDataset(folder).read(1, i) for i in range(4)]
     cut(folder)
     repair(folder)
     for i in range(2):
-        assert torch.equal(EmbeddingDataset(folder).read(1, i).eva, stored[i].eva)
-        assert torch.equal(EmbeddingDataset(folder).read(1, i).clip, stored[i].clip)
+        assert torch.equal(EmbeddingDataset(folder).read(1, i)["eva"], stored[i]["eva"])
+        assert torch.equal(EmbeddingDataset(folder).read(1, i)["clip"], stored[i]["clip"])
 
 
 @pytest.mark.parametrize("location", ["https://host/set", "split"])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 
 from blip3o_ds.data.reading import ring
-from blip3o_ds.data.reading.dataset import EmbeddingDataset, ShardReader
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
+from blip3o_ds.data.reading.shard import ShardReader
 from blip3o_ds.errors import DataError
 
 
@@ -60,42 +60,42 @@ def test_batches_hold_the_samples_that_their_keys_name(dataset_dir, samples):
     with open_loader(dataset, micro=3, accumulation=2) as loader:
         for _ in range(7):  # more steps than there are buffers
             batches = list(loader.next_step())
-            assert [batch.eva.shape for batch in batches] == [(3, 4, 8)] * 2
+            assert [batch["eva"].shape for batch in batches] == [(3, 4, 8)] * 2
             for batch in batches:
                 for row, key in enumerate(batch.keys):
-                    assert torch.equal(batch.eva[row], source[key][0][1:].bfloat16())
-                    assert torch.equal(batch.clip[row], source[key][1][1:].bfloat16())
+                    assert torch.equal(batch["eva"][row], source[key][0][1:].bfloat16())
+                    assert torch.equal(batch["clip"][row], source[key][1][1:].bfloat16())
 
 
 def test_a_step_s_batches_stay_as_they_are_until_the_next_step_is_asked_for(dataset_dir):
     with open_loader(EmbeddingDataset(dataset_dir(19)), micro=2, accumulation=2) as loader:
         for _ in range(6):
             batches = list(loader.next_step())
-            before = [batch.eva.clone() for batch in batches]
+            before = [batch["eva"].clone() for batch in batches]
             time.sleep(0.02)  # the threads fill every buffer that they may
-            assert all(map(torch.equal, before, (batch.eva for batch in batches)))
+            assert all(map(torch.equal, before, (batch["eva"] for batch in batches)))
 
 
 def test_the_buffers_are_used_again(dataset_dir):
     with open_loader(EmbeddingDataset(dataset_dir(10)), micro=1, prefetch=2) as loader:
-        places = {next(loader.next_step()).eva.data_ptr() for _ in range(20)}
+        places = {next(loader.next_step())["eva"].data_ptr() for _ in range(20)}
     assert len(places) <= 4
 
 
 @pytest.mark.parametrize("token_layout", ["cls_patch", "patch_only"])
 def test_fp8_is_handed_out_as_stored_and_expands_to_what_reading_gives(dataset_dir, spec, token_layout):
-    stored = dataset_dir(5, spec=replace(spec, dtype="fp8-e4m3"))
+    stored = dataset_dir(5, spec=spec.stored_as("fp8-e4m3"))
     dataset = EmbeddingDataset(stored, token_layout=token_layout)
     order = GlobalOrder(dataset.shard_sizes, 3, 2)
     with open_loader(dataset, micro=5) as loader:
         (batch,) = loader.next_step()
-        assert batch.eva.dtype == torch.float8_e4m3fn
-        assert batch.eva_scale.shape == batch.eva.shape[:2]
-        expanded = batch.expand()
+        assert batch["eva"].dtype == torch.float8_e4m3fn
+        assert batch["eva_scale"].shape == batch["eva"].shape[:2]
+        expanded = batch.decode()
     for row, place in enumerate(order.slice(0, 5)):
         sample = dataset.read(*place)
-        assert torch.equal(expanded.eva[row], sample.eva)
-        assert torch.equal(expanded.clip[row], sample.clip)
+        assert torch.equal(expanded["eva"][row], sample["eva"])
+        assert torch.equal(expanded["clip"][row], sample["clip"])
 
 
 def test_a_shard_cut_short_while_it_is_read_is_an_error_that_names_it(dataset_dir):

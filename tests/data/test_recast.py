@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
 
 from blip3o_ds.data.format.codec import decode, encode, read_dtype
-from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
@@ -25,7 +25,7 @@ def read_all(folder):
 
 @pytest.mark.parametrize(("source", "target"), permutations(DTYPES, 2))
 def test_every_dtype_converts_to_every_other(dataset_dir, spec, tmp_path, source, target):
-    src = dataset_dir(6, 4, replace(spec, dtype=source))
+    src = dataset_dir(6, 4, spec.stored_as(source))
 
     result = convert(src, tmp_path / "dst", dtype=target, samples_per_shard=3)
 
@@ -33,19 +33,17 @@ def test_every_dtype_converts_to_every_other(dataset_dir, spec, tmp_path, source
     assert (result["samples"], result["shards"], result["spec"]["dtype"]) == (6, 2, target)
     for (before, meta), (after, meta_after) in zip(read_all(src), read_all(tmp_path / "dst"), strict=True):
         assert (before.key, meta) == (after.key, meta_after)
-        assert after.eva.dtype == read_dtype(target)
-        assert torch.equal(after.eva, decode(*encode(before.eva, target)))
-        assert torch.equal(after.clip, decode(*encode(before.clip, target)))
+        assert after["eva"].dtype == read_dtype(target)
+        assert torch.equal(after["eva"], decode(*encode(before["eva"], target)))
+        assert torch.equal(after["clip"], decode(*encode(before["clip"], target)))
 
 
 def test_the_cost_of_fp8_is_told_by_side(dataset_dir, spec, tmp_path):
-    src = dataset_dir(6, 4, replace(spec, dtype="fp32"))
+    src = dataset_dir(6, 4, spec.stored_as("fp32"))
     cost = convert(src, tmp_path / "dst", dtype="fp8-e4m3")["cost"]
     for side in ("eva", "clip"):
         pairs = zip(read_all(src), read_all(tmp_path / "dst"), strict=True)
-        given, stored = zip(
-            *((getattr(a, side).double(), getattr(b, side).double()) for (a, _), (b, _) in pairs), strict=True
-        )
+        given, stored = zip(*((a[side].double(), b[side].double()) for (a, _), (b, _) in pairs), strict=True)
         x, y = torch.cat(given), torch.cat(stored)
         assert cost[side]["tokens"] == len(x)
         assert cost[side]["relative_error"] == pytest.approx(
@@ -59,7 +57,7 @@ def test_the_cls_token_can_be_dropped_on_the_way(dataset_dir, tmp_path):
     src = dataset_dir(3)
     convert(src, tmp_path / "dst", token_layout="patch_only")
     for (before, _), (after, _) in zip(read_all(src), read_all(tmp_path / "dst"), strict=True):
-        assert torch.equal(after.eva, before.eva[1:])
+        assert torch.equal(after["eva"], before["eva"][1:])
 
 
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(dataset_dir, tmp_path, monkeypatch):
@@ -91,6 +89,6 @@ def test_a_dataset_is_not_converted_onto_itself_or_into_another(dataset_dir, tmp
         convert(src, src)
     with DatasetWriter(tmp_path / "other", spec) as writer:
         key, eva, clip, meta = samples(1)[0]
-        writer.write(f"foreign-{key}", eva, clip, meta)
+        writer.write(f"foreign-{key}", {"eva": eva, "clip": clip}, meta)
     with pytest.raises(DataError, match="foreign-image000"):
         convert(src, tmp_path / "other")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import blip3o_ds.data.reading.remote as remote_module
-from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.format.manifest import Manifest
 from blip3o_ds.data.reading.cache import CacheFull, ShardCache
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
@@ -93,7 +93,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read_all(dataset: EmbeddingDataset) -> dict[str, torch.Tensor]:
     samples = [dataset.read(shard, i) for shard, size in enumerate(dataset.shard_sizes) for i in range(size)]
-    return {sample.key: sample.eva for sample in samples}
+    return {sample.key: sample["eva"] for sample in samples}
 
 
 def assert_same(dataset: EmbeddingDataset, folder: Path) -> None:
@@ -172,7 +172,8 @@ url, cache, start = sys.argv[1:]
 dataset = EmbeddingDataset(url, cache_dir=cache)
 order = list(range(len(dataset.shard_sizes)))
 dataset.prefetch(order[int(start):])
-print(json.dumps([dataset.read(s, i).eva.float().sum().item() for s in order for i in range(dataset.shard_sizes[s])]))
+places = [(s, i) for s in order for i in range(dataset.shard_sizes[s])]
+print(json.dumps([dataset.read(*place)["eva"].float().sum().item() for place in places]))
 """
 
 

@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from blip3o_ds.data.format.schema import DatasetSpec, Manifest
+from blip3o_ds.data.format.manifest import Manifest
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.errors import DataError
 
 
 def spec_of(num_tokens, token_layout):
-    return DatasetSpec(num_tokens, token_layout, 8, 4, "bf16", "a", "b")
+    return DatasetSpec.pair(num_tokens, token_layout, 8, 4, "bf16", "a", "b")
 
 
 @pytest.mark.parametrize(("tokens", "layout", "grid"), [(256, "patch_only", 16), (257, "cls_patch", 16)])
@@ -39,8 +40,8 @@ def test_a_manifest_survives_saving_and_loading(dataset_dir, tmp_path):
 
     assert (again.spec, again.shards, again.extra) == (manifest.spec, manifest.shards, manifest.extra)
     assert again.num_samples == 6
-    assert again.eva_stats.mean.tolist() == manifest.eva_stats.mean.tolist()
-    assert again.clip_stats.var.tolist() == manifest.clip_stats.var.tolist()
+    assert again.stats["eva"].mean.tolist() == manifest.stats["eva"].mean.tolist()
+    assert again.stats["clip"].var.tolist() == manifest.stats["clip"].var.tolist()
 
 
 def test_a_missing_manifest_names_the_commands_that_make_one(tmp_path):

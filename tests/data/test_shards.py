@@ -8,7 +8,6 @@ import io
 import json
 import os
 import tarfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +17,11 @@ import webdataset
 
 import blip3o_ds.data.format.codec as codec_module
 import blip3o_ds.data.format.writer as writer_module
-import blip3o_ds.data.reading.dataset as shards_module
-from blip3o_ds.data.format.schema import Manifest
-from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset, ShardReader
+import blip3o_ds.data.reading.shard as shard_module
+from blip3o_ds.data.format.manifest import Manifest
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.shard import ShardReader
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write, sha256_file
 
@@ -31,9 +32,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def named(key, eva, clip, meta):
+    """A sample of the fixture as the writer takes it."""
+    return key, {"eva": eva, "clip": clip}, meta
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_what_is_read_is_what_was_written(dataset_dir, samples, spec, dtype):
-    spec = replace(spec, dtype=dtype)
+    spec = spec.stored_as(dtype)
     dataset = EmbeddingDataset(dataset_dir(6, 4, spec))
 
     assert dataset.shard_sizes == [4, 2]
@@ -41,16 +47,16 @@ def test_what_is_read_is_what_was_written(dataset_dir, samples, spec, dtype):
     for i, (key, eva, clip, meta) in enumerate(samples(6, spec)):
         sample = dataset.read(i // 4, i % 4)
         assert sample.key == key
-        assert torch.equal(sample.eva, eva.to(TORCH_DTYPES[dtype]))
-        assert torch.equal(sample.clip, clip.to(TORCH_DTYPES[dtype]))
+        assert torch.equal(sample["eva"], eva.to(TORCH_DTYPES[dtype]))
+        assert torch.equal(sample["clip"], clip.to(TORCH_DTYPES[dtype]))
         assert dataset.meta(i // 4, i % 4) == meta
 
 
 def test_what_is_read_may_be_changed_in_place(dataset_dir):
     dataset = EmbeddingDataset(dataset_dir(4))
-    before = dataset.read(0, 1).eva.clone()
-    dataset.read(0, 1).eva.zero_()
-    assert torch.equal(dataset.read(0, 1).eva, before)
+    before = dataset.read(0, 1)["eva"].clone()
+    dataset.read(0, 1)["eva"].zero_()
+    assert torch.equal(dataset.read(0, 1)["eva"], before)
 
 
 def test_tarfile_reads_the_same_samples_in_order(dataset_dir, samples):
@@ -78,7 +84,7 @@ def test_webdataset_reads_the_same_samples(dataset_dir, samples):
 def test_keys_longer_than_a_tar_header_and_beyond_ascii_survive(tmp_path, spec, samples):
     key = "日本-" + "x" * 120
     with DatasetWriter(tmp_path / "d", spec) as writer:
-        writer.write(key, *samples(1)[0][1:])
+        writer.write(*named(key, *samples(1)[0][1:]))
     found = list(webdataset.WebDataset(str(tmp_path / "d" / "shard_00000.tar"), shardshuffle=False))
     assert found[0]["__key__"] == key
     assert EmbeddingDataset(tmp_path / "d").read(0, 0).key == key
@@ -86,7 +92,7 @@ def test_keys_longer_than_a_tar_header_and_beyond_ascii_survive(tmp_path, spec, 
 
 def test_statistics_are_those_of_the_stored_values_in_float64(dataset_dir, samples):
     manifest = Manifest.load(dataset_dir(11))
-    for stats, column in ((manifest.eva_stats, 1), (manifest.clip_stats, 2)):
+    for stats, column in ((manifest.stats["eva"], 1), (manifest.stats["clip"], 2)):
         values = torch.cat([sample[column] for sample in samples(11)]).bfloat16().double().numpy()
         assert stats.count == len(values)
         np.testing.assert_allclose(stats.mean, values.mean(0), rtol=1e-13, atol=1e-15)
@@ -101,10 +107,10 @@ def test_checksums_in_the_manifest_are_those_of_the_files(dataset_dir):
 
 
 def test_fp8_reads_as_bf16_close_to_the_source(dataset_dir, samples, spec):
-    spec = replace(spec, dtype="fp8-e4m3")
+    spec = spec.stored_as("fp8-e4m3")
     dataset = EmbeddingDataset(dataset_dir(2, 4, spec), token_layout="patch_only")
     for i, (_, eva, _, _) in enumerate(samples(2, spec)):
-        found = dataset.read(0, i).eva
+        found = dataset.read(0, i)["eva"]
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), eva[1:], rtol=0.07, atol=0.01)
 
@@ -114,8 +120,8 @@ def test_patch_only_view_of_cls_patch_drops_token_0(dataset_dir, samples):
     view = EmbeddingDataset(dst, token_layout="patch_only")
     assert (view.spec.num_tokens, view.spec.token_layout) == (4, "patch_only")
     for i, (_, eva, clip, _) in enumerate(samples(3)):
-        assert torch.equal(view.read(0, i).eva, eva[1:].bfloat16())
-        assert torch.equal(view.read(0, i).clip, clip[1:].bfloat16())
+        assert torch.equal(view.read(0, i)["eva"], eva[1:].bfloat16())
+        assert torch.equal(view.read(0, i)["clip"], clip[1:].bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +146,7 @@ def test_a_resumed_writer_makes_the_same_bytes_as_an_uninterrupted_one(tmp_path,
 
     with contextlib.suppress(Stop), DatasetWriter(tmp_path / "resumed", spec, 4) as writer:
         for sample in samples(10)[:6]:
-            writer.write(*sample)
+            writer.write(*named(*sample))
         raise Stop
     assert sorted(contents(tmp_path / "resumed")) == ["shard_00000.tar", "shard_00000.tar.idx"]
     (tmp_path / "resumed" / ".shard_00001.tar.999.tmp").write_bytes(b"left by a kill")
@@ -149,7 +155,7 @@ def test_a_resumed_writer_makes_the_same_bytes_as_an_uninterrupted_one(tmp_path,
         assert writer.done_keys() == {key for key, *_ in samples(4)}
         for sample in samples(10):
             if sample[0] not in writer.done_keys():
-                writer.write(*sample)
+                writer.write(*named(*sample))
 
     assert contents(tmp_path / "resumed") == contents(whole)
 
@@ -157,7 +163,7 @@ def test_a_resumed_writer_makes_the_same_bytes_as_an_uninterrupted_one(tmp_path,
 def test_resuming_with_another_spec_is_refused(dataset_dir, spec):
     dst = dataset_dir(4)
     with pytest.raises(DataError, match=r"shard_00000\.tar.*dtype: 'bf16' != 'fp16'"):
-        DatasetWriter.resume(dst, replace(spec, dtype="fp16"))
+        DatasetWriter.resume(dst, spec.stored_as("fp16"))
 
 
 def test_a_folder_with_shards_is_not_begun_anew(dataset_dir, spec):
@@ -188,10 +194,10 @@ def nan_in(values):
 def test_a_bad_sample_is_refused_and_leaves_no_trace(tmp_path, spec, samples, spoil, message):
     good, bad, _ = samples(3)
     with DatasetWriter(tmp_path / "d", spec) as writer:
-        writer.write(*good)
+        writer.write(*named(*good))
         with pytest.raises(DataError, match=message):
-            writer.write(*spoil(*bad))
-        writer.write(*samples(3)[2])
+            writer.write(*named(*spoil(*bad)))
+        writer.write(*named(*samples(3)[2]))
     assert [key for key, *_ in (good, samples(3)[2])] == ShardReader(tmp_path / "d" / "shard_00000.tar").keys
 
 
@@ -199,9 +205,9 @@ def test_a_value_too_large_for_fp16_is_refused(tmp_path, spec, samples):
     key, eva, clip, meta = samples(1)[0]
     with (
         pytest.raises(DataError, match=r"eva reaches 7e\+04, more than fp16 holds"),
-        DatasetWriter(tmp_path / "d", replace(spec, dtype="fp16")) as writer,
+        DatasetWriter(tmp_path / "d", spec.stored_as("fp16")) as writer,
     ):
-        writer.write(key, eva.fill_(7e4), clip, meta)
+        writer.write(*named(key, eva.fill_(7e4), clip, meta))
     assert contents(tmp_path / "d") == {}
 
 
@@ -227,7 +233,7 @@ def test_a_full_disk_leaves_complete_shards_only(tmp_path, spec, samples, monkey
     def write_all():
         with DatasetWriter(dst, spec, 2) as writer:
             for sample in samples(8):
-                writer.write(*sample)
+                writer.write(*named(*sample))
 
     with pytest.raises(DataError, match="No space left on device"):
         write_all()
@@ -252,10 +258,10 @@ def test_a_failed_disk_is_not_forgotten_by_a_caller_who_goes_on(tmp_path, spec, 
     def go_on_after_a_failure():
         with DatasetWriter(tmp_path / "d", spec) as writer:
             with contextlib.suppress(DataError):
-                writer.write(*samples(2)[0])
+                writer.write(*named(*samples(2)[0]))
             monkeypatch.undo()
             with contextlib.suppress(DataError):
-                writer.write(*samples(2)[1])
+                writer.write(*named(*samples(2)[1]))
 
     with pytest.raises(DataError, match="No space left"):
         go_on_after_a_failure()
@@ -268,7 +274,7 @@ def test_an_index_that_cannot_be_written_takes_its_tar_along(tmp_path, spec, sam
 
     monkeypatch.setattr(writer_module.ShardIndex, "save", fail)
     with pytest.raises(DataError, match="No space left"), DatasetWriter(tmp_path / "d", spec) as writer:
-        writer.write(*samples(1)[0])
+        writer.write(*named(*samples(1)[0]))
     assert contents(tmp_path / "d") == {}
 
 
@@ -308,7 +314,7 @@ def test_a_shard_of_another_dataset_is_refused(dataset_dir, tmp_path, spec, samp
     dst = dataset_dir(6)
     with DatasetWriter(tmp_path / "other", spec, 4) as writer:
         for key, _, clip, meta in samples(6):
-            writer.write(key, clip.repeat(1, 2), clip, meta)
+            writer.write(*named(key, clip.repeat(1, 2), clip, meta))
     for name in ("shard_00001.tar", "shard_00001.tar.idx"):
         (dst / name).write_bytes((tmp_path / "other" / name).read_bytes())
     with pytest.raises(DataError, match=r"shard_00001\.tar: its index does not belong"):
@@ -342,7 +348,7 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(dataset_dir, samples
     dataset = EmbeddingDataset(dataset_dir(10, 1))
     for _ in range(2):
         for i, (_, eva, _, _) in enumerate(samples(10)):
-            assert torch.equal(dataset.read(i, 0).eva, eva.bfloat16())
+            assert torch.equal(dataset.read(i, 0)["eva"], eva.bfloat16())
     assert len(dataset._open_shards) == 2
 
 
@@ -360,8 +366,8 @@ def test_a_read_that_comes_in_pieces_is_put_together(dataset_dir, samples, monke
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: whole(fd, [memoryview(views[0])[:7]], offset))
     sample = reader.read(2)
-    assert torch.equal(sample.eva, samples(4)[2][1].bfloat16())
-    assert torch.equal(sample.clip, samples(4)[2][2].bfloat16())
+    assert torch.equal(sample["eva"], samples(4)[2][1].bfloat16())
+    assert torch.equal(sample["clip"], samples(4)[2][2].bfloat16())
 
 
 @pytest.mark.parametrize("name", ["eva", "clip"])
@@ -369,10 +375,10 @@ def test_a_large_tensor_is_read_and_checked_piece_by_piece(dataset_dir, samples,
     monkeypatch.setattr(codec_module, "_PIECE_BYTES", 16)
     path = dataset_dir(4) / "shard_00000.tar"
     sample = ShardReader(path).read(2)
-    assert torch.equal(sample.eva, samples(4)[2][1].bfloat16())
-    assert torch.equal(sample.clip, samples(4)[2][2].bfloat16())
+    assert torch.equal(sample["eva"], samples(4)[2][1].bfloat16())
+    assert torch.equal(sample["clip"], samples(4)[2][2].bfloat16())
     with open(path, "r+b") as file:  # the last value, which lies in the last piece
-        file.seek(int(ShardReader(path).index.tensors[name][2]) + getattr(sample, name).nbytes - 2)
+        file.seek(int(ShardReader(path).index.tensors[name][2]) + sample[name].nbytes - 2)
         file.write(b"\x80\xff")
     with pytest.raises(DataError, match=rf"shard_00000\.tar: sample image002: {name} holds NaN or infinity"):
         ShardReader(path).read(2)
@@ -404,8 +410,8 @@ def test_the_whole_of_a_sample_that_is_not_in_memory_is_asked_for(dataset_dir, m
 
 
 def test_advice_is_as_long_as_the_system_s_readahead(tmp_path):
-    assert shards_module._readahead_bytes(os.makedev(4095, 1)) == 128 * 1024  # there is no such device
-    found = shards_module._readahead_bytes(tmp_path.stat().st_dev)
+    assert shard_module._readahead_bytes(os.makedev(4095, 1)) == 128 * 1024  # there is no such device
+    found = shard_module._readahead_bytes(tmp_path.stat().st_dev)
     assert found >= 128 * 1024
     assert found % 1024 == 0
 
@@ -413,4 +419,4 @@ def test_advice_is_as_long_as_the_system_s_readahead(tmp_path):
 def test_a_header_whose_tensors_leave_a_gap_is_refused(spec):
     offsets = {"clip": 100, "eva": 100 + 5 * 4 * 2 + 8}
     with pytest.raises(DataError, match=r"where: tensor eva starts at byte 148 .* expected 140"):
-        shards_module._in_file_order(spec, 100, offsets, "where")
+        shard_module._in_file_order(spec, 100, offsets, "where")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blip3o_ds.data.format.schema import ChannelStats, DatasetSpec, Manifest
+from blip3o_ds.data.format.manifest import ChannelStats, Manifest
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.selection import Selection
 from blip3o_ds.data.reading.source import shards_location
 from blip3o_ds.errors import DataError
@@ -13,8 +14,8 @@ from blip3o_ds.errors import DataError
 
 def split_of(location: str) -> Manifest:
     stats = ChannelStats(np.zeros(1), np.zeros(1), 0)
-    spec = DatasetSpec(1, "patch_only", 1, 1, "bf16", "a", "b")
-    return Manifest(spec, (), stats, stats, {}, Selection(location, 0.5, "eval"))
+    spec = DatasetSpec.pair(1, "patch_only", 1, 1, "bf16", "a", "b")
+    return Manifest(spec, (), {"eva": stats, "clip": stats}, {}, Selection(location, 0.5, "eval"))
 
 
 @pytest.mark.parametrize(

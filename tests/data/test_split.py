@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip3o_ds.cli import main
-from blip3o_ds.data.format.schema import DatasetSpec, Manifest
+from blip3o_ds.data.format.manifest import Manifest
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.selection import Selection
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
@@ -24,7 +25,7 @@ from blip3o_ds.data.tools.split import split
 from blip3o_ds.data.tools.verify import inspect, stats, verify
 from blip3o_ds.errors import DataError
 
-SPEC = DatasetSpec(4, "patch_only", 8, 4, "bf16", "eva", "clip")
+SPEC = DatasetSpec.pair(4, "patch_only", 8, 4, "bf16", "eva", "clip")
 
 
 def write(folder: Path, keys: range) -> Path:
@@ -32,14 +33,14 @@ def write(folder: Path, keys: range) -> Path:
         for i in keys:
             generator = torch.Generator().manual_seed(i)
             eva = 3 + torch.randn(4, 8, generator=generator)
-            writer.write(f"key{i}", eva, torch.randn(4, 4, generator=generator), {"n": i})
+            writer.write(f"key{i}", {"eva": eva, "clip": torch.randn(4, 4, generator=generator)}, {"n": i})
     return folder
 
 
 def samples(folder: Path) -> dict[str, torch.Tensor]:
     dataset = EmbeddingDataset(folder)
     read = (dataset.read(*dataset.place(index)) for index in range(len(dataset)))
-    return {sample.key: sample.eva for sample in read}
+    return {sample.key: sample["eva"] for sample in read}
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.7])
@@ -75,7 +76,7 @@ def test_statistics_are_those_of_the_part_alone(tmp_path, fraction, part):
 
     tokens = torch.cat(list(samples(folder).values())).double().numpy()
 
-    found = Manifest.load(folder).eva_stats
+    found = Manifest.load(folder).stats["eva"]
     assert found.count == len(tokens)
     assert np.allclose(found.mean, tokens.mean(axis=0), rtol=1e-12)
     assert np.allclose(found.var, tokens.var(axis=0), rtol=1e-10)

@@ -23,12 +23,12 @@ from blip3o_ds.files import sha256_file
 
 
 def write_dataset(folder: Path, dtype: StorageDType = "bf16") -> Path:
-    spec = DatasetSpec(16, "patch_only", 12, 6, dtype, "eva", "clip")
+    spec = DatasetSpec.pair(16, "patch_only", 12, 6, dtype, "eva", "clip")
     generator = torch.Generator().manual_seed(0)
     with DatasetWriter(folder, spec, samples_per_shard=4) as writer:
         for i in range(10):
             eva, clip = torch.randn(16, 12, generator=generator), torch.randn(16, 6, generator=generator)
-            writer.write(f"key_{i}", eva, clip, {"caption": f"number {i}"})
+            writer.write(f"key_{i}", {"eva": eva, "clip": clip}, {"caption": f"number {i}"})
     return folder
 
 
@@ -137,7 +137,7 @@ def test_stats_are_those_of_numpy(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data")
     dataset = EmbeddingDataset(folder)
     (batch,) = read_batches(dataset, range(len(dataset)), 100)
-    clip = batch.clip.double().numpy().reshape(-1, 6)
+    clip = batch["clip"].double().numpy().reshape(-1, 6)
 
     found = json.loads(json.dumps(stats(folder)))
 
@@ -157,6 +157,6 @@ def test_inspect_shows_the_set_and_one_sample(tmp_path: Path) -> None:
     assert whole["first_keys"] == ["key_0", "key_1", "key_2", "key_3"]
     assert one["meta"] == {"caption": "number 6"}
     assert one["clip"]["shape"] == [16, 6]
-    assert one["clip"]["token_norm_max"] == pytest.approx(np.linalg.norm(sample.clip.double().numpy(), axis=1).max())
+    assert one["clip"]["token_norm_max"] == pytest.approx(np.linalg.norm(sample["clip"].double().numpy(), axis=1).max())
     with pytest.raises(DataError, match="'other'"):
         inspect(folder, "other")

@@ -33,10 +33,10 @@ def test_stored_embeddings_are_the_encoders_outputs(write_folder, pictures, cond
     sample = dataset.read(0, 3)
     image = Image.open(io.BytesIO(pictures["03.png"])).convert("RGB")
     assert (result["written"], dataset.shard_sizes) == (10, [4, 4, 2])
-    assert torch.allclose(sample.eva, condition(condition.preprocess(image)[None])[0], atol=1e-5)
-    assert torch.allclose(sample.clip, target(target.preprocess(image)[None])[0], atol=1e-5)
+    assert torch.allclose(sample["eva"], condition(condition.preprocess(image)[None])[0], atol=1e-5)
+    assert torch.allclose(sample["clip"], target(target.preprocess(image)[None])[0], atol=1e-5)
     assert (sample.key, dataset.meta(0, 3)["caption"]) == ("03", "a caption")
-    assert (dataset.spec.condition_encoder, dataset.spec.target_encoder) == ("tiny-condition", "tiny-target")
+    assert [tensor.encoder for tensor in dataset.spec.tensors.values()] == ["tiny-condition", "tiny-target"]
 
 
 def test_cls_patch_stores_the_cls_token_first(write_folder, pictures, condition, target, tmp_path):
@@ -47,7 +47,7 @@ def test_cls_patch_stores_the_cls_token_first(write_folder, pictures, condition,
     with_cls, patches = EmbeddingDataset(tmp_path / "cls_patch"), EmbeddingDataset(tmp_path / "patch_only")
 
     assert (with_cls.spec.num_tokens, patches.spec.num_tokens) == (17, 16)
-    assert torch.equal(with_cls.read(0, 5).clip[1:], patches.read(0, 5).clip)
+    assert torch.equal(with_cls.read(0, 5)["clip"][1:], patches.read(0, 5)["clip"])
 
 
 def test_tar_and_folder_give_the_same_embeddings(write_folder, write_tar, pictures, condition, target, tmp_path):
@@ -61,8 +61,8 @@ def test_tar_and_folder_give_the_same_embeddings(write_folder, write_tar, pictur
     for index in range(10):
         left, right = folder.read(0, index), tar.read(0, index)
         assert left.key == right.key
-        assert torch.equal(left.eva, right.eva)
-        assert torch.equal(left.clip, right.clip)
+        assert torch.equal(left["eva"], right["eva"])
+        assert torch.equal(left["clip"], right["clip"])
 
 
 def test_resume_gives_the_identical_dataset(write_folder, pictures, condition, target, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import blip3o_ds.encoders.extract as extract_module
-from blip3o_ds.data.format.schema import Manifest
+from blip3o_ds.data.format.manifest import Manifest
 from blip3o_ds.data.format.writer import sole_writer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.verify import verify
@@ -221,4 +221,4 @@ def test_the_deepspeed_launcher_divides_the_work(tars, tmp_path, start):
     assert "process 1 of 2 has 2 of 5 parts" in output
     assert verify(tmp_path / "set").problems == []
     assert Manifest.load(tmp_path / "set").num_samples == 25
-    assert torch.isfinite(EmbeddingDataset(tmp_path / "set").read(0, 0).eva).all()
+    assert torch.isfinite(EmbeddingDataset(tmp_path / "set").read(0, 0)["eva"]).all()

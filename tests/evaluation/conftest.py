@@ -12,8 +12,9 @@ from torch import Tensor
 
 from blip3o_ds.config import RunConfig, build_run_config
 from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.reading.dataset import DatasetWriter, EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, SEAL, Checkpoint, seal_checkpoint
 from blip3o_ds.files import atomic_write_json, sha256_file
@@ -43,10 +44,10 @@ def make_dataset(tmp_path: Path) -> Callable[..., EmbeddingDataset]:
     """`make_dataset(eva, clip)`: tensors [n, 9, 6] and [n, 9, 4] as a dataset of fp32 shards of 4."""
 
     def make(eva: Tensor, clip: Tensor, name: str = "data") -> EmbeddingDataset:
-        spec = DatasetSpec(eva.shape[1], "patch_only", eva.shape[2], clip.shape[2], "fp32", "made-up", "made-up")
+        spec = DatasetSpec.pair(eva.shape[1], "patch_only", eva.shape[2], clip.shape[2], "fp32", "made-up", "made-up")
         with DatasetWriter(tmp_path / name, spec, samples_per_shard=4) as writer:
             for i in range(len(eva)):
-                writer.write(f"image_{i:03d}", eva[i], clip[i], {"caption": f"caption {i}"})
+                writer.write(f"image_{i:03d}", {"eva": eva[i], "clip": clip[i]}, {"caption": f"caption {i}"})
         return EmbeddingDataset(tmp_path / name)
 
     return make

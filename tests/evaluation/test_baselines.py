@@ -78,7 +78,7 @@ def test_a_linear_dataset_is_recovered(make_dataset):
 def test_the_fit_lives_in_the_normalisers_space(make_dataset):
     eva, clip, _ = linear_pairs(30, noise=0.3)
     dataset = make_dataset(eva, clip)
-    normalizer = Normalizer.from_stats("standardize", dataset.manifest.eva_stats, dataset.manifest.clip_stats)
+    normalizer = Normalizer.from_stats("standardize", dataset.manifest.stats)
 
     fitted = fit_baselines(dataset, normalizer)
 

@@ -25,7 +25,7 @@ def read_all(folder):
     dataset = EmbeddingDataset(folder)
     places = [(shard, index) for shard, size in enumerate(dataset.shard_sizes) for index in range(size)]
     samples = [dataset.read(*place) for place in places]
-    eva, clip = (torch.stack([getattr(sample, side) for sample in samples]) for side in ("eva", "clip"))
+    eva, clip = (torch.stack([sample[side] for sample in samples]) for side in ("eva", "clip"))
     return [sample.key for sample in samples], eva, clip, [dataset.meta(*place) for place in places]
 
 
@@ -53,7 +53,7 @@ def test_conditions_keys_captions_and_order_are_those_of_the_source(source, tmp_
 
 @pytest.mark.parametrize("mode", ["minimal", "standardize"])
 def test_what_is_generated_is_what_was_evaluated(source, tmp_path, config, mode):
-    normalizer = Normalizer.from_stats(mode, source.manifest.eva_stats, source.manifest.clip_stats)
+    normalizer = Normalizer.from_stats(mode, source.manifest.stats)
     model = random_model(config)
     baselines = fit_baselines(source, normalizer)
 

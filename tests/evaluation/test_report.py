@@ -141,8 +141,8 @@ def test_the_noise_is_another_for_each_seed_and_never_that_of_training():
 
 def test_standardised_embeddings_are_compared_raw(setting):
     stats = setting.train.manifest
-    normalizer = Normalizer.from_stats("standardize", stats.eva_stats, stats.clip_stats)
-    knows = model_that_knows(normalizer.eva(setting.eva), normalizer.clip(setting.clip))
+    normalizer = Normalizer.from_stats("standardize", stats.stats)
+    knows = model_that_knows(*normalizer({"eva": setting.eva, "clip": setting.clip}).values())
 
     result = setting(knows, normalizer)
 
@@ -156,7 +156,7 @@ def test_unit_norm_embeddings_are_compared_as_such(setting):
     normalizer = Normalizer("full")
     clip = setting.clip.numpy() / np.linalg.norm(setting.clip, axis=-1, keepdims=True)
 
-    result = setting(model_that_knows(normalizer.eva(setting.eva), 2 * torch.from_numpy(clip)), normalizer)
+    result = setting(model_that_knows(normalizer({"eva": setting.eva})["eva"], 2 * torch.from_numpy(clip)), normalizer)
 
     assert result.space == "unit_norm"
     assert result.readings["sampled"]["norm_ratio"] == pytest.approx(2, abs=1e-5)

@@ -35,8 +35,8 @@ def test_batches_hold_the_samples_asked_for_in_their_order(make_dataset):
 
     assert [batch.positions.tolist() for batch in batches] == [[9, 0], [4, 3], [10]]
     assert [key for batch in batches for key in batch.keys] == [f"image_{i:03d}" for i in (9, 0, 4, 3, 10)]
-    assert torch.equal(torch.cat([batch.eva for batch in batches]), eva[[9, 0, 4, 3, 10]])
-    assert torch.equal(torch.cat([batch.clip for batch in batches]), clip[[9, 0, 4, 3, 10]])
+    assert torch.equal(torch.cat([batch["eva"] for batch in batches]), eva[[9, 0, 4, 3, 10]])
+    assert torch.equal(torch.cat([batch["clip"] for batch in batches]), clip[[9, 0, 4, 3, 10]])
 
 
 def test_progress_speaks_at_most_every_ten_seconds(monkeypatch, caplog):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blip3o_ds.data.format.schema import DatasetSpec
-from blip3o_ds.data.reading.dataset import DatasetWriter
+from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.training.faults import SpikeDetector
 from tests.conftest import PROJECT, write_embeddings
@@ -22,12 +22,12 @@ BAD = f"sample_{8 * SHARD + INDEX:05d}"
 def poisoned(tmp_path):
     """40 samples, of which BAD has a condition so large that the network's first sum overflows fp32."""
     generator = torch.Generator().manual_seed(0)
-    spec = DatasetSpec(16, "patch_only", 12, 8, "fp32", "made-up-eva", "made-up-clip")
+    spec = DatasetSpec.pair(16, "patch_only", 12, 8, "fp32", "made-up-eva", "made-up-clip")
     with DatasetWriter(tmp_path / "poisoned", spec, samples_per_shard=8) as writer:
         for i in range(40):
             eva, clip = torch.randn(16, 12, generator=generator), torch.randn(16, 8, generator=generator)
             key = f"sample_{i:05d}"
-            writer.write(key, eva.sign() * 3e38 if key == BAD else eva, clip, {})
+            writer.write(key, {"eva": eva.sign() * 3e38 if key == BAD else eva, "clip": clip}, {})
     return tmp_path / "poisoned"
 
 

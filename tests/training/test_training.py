@@ -139,8 +139,8 @@ def test_training_reads_fp8_as_the_values_it_stands_for(embeddings, tmp_path, la
     assert run.returncode == 0, run.output
     (batch,) = read_batches(EmbeddingDataset(embeddings), range(40), 40)
     for line in run.metrics():  # of four samples; the codes alone have norms in the hundreds
-        assert line["eva_norm"] == pytest.approx(float(batch.eva.norm(dim=-1).mean()), rel=0.15)
-        assert line["clip_norm"] == pytest.approx(float(batch.clip.norm(dim=-1).mean()), rel=0.15)
+        assert line["eva_norm"] == pytest.approx(float(batch["eva"].norm(dim=-1).mean()), rel=0.15)
+        assert line["clip_norm"] == pytest.approx(float(batch["clip"].norm(dim=-1).mean()), rel=0.15)
 
 
 def test_debug_mode_adds_gradients_by_block_and_loss_by_timestep(embeddings, tmp_path, launch):

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.format.schema import DatasetSpec, StorageDType
+from blip3o_ds.data.format.schema import SCALE_SUFFIX, DatasetSpec, StorageDType
 from blip3o_ds.errors import DataError
 from blip3o_kernels import dequantize_fp8
 
@@ -48,11 +48,12 @@ _INFINITY_BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Name, dtype and shape of one tensor in a sample's file."""
+    """One tensor in a sample's file; `on_grid`, where its tokens are those of the image, token 0 a CLS token or not."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    on_grid: bool
 
     @property
     def num_bytes(self) -> int:
@@ -101,14 +102,14 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 def stored_tensors(spec: DatasetSpec) -> list[StoredTensor]:
     """The tensors that a sample's file of this dataset holds."""
-    dtype = _TORCH_DTYPES[spec.dtype]
-    tensors = [
-        StoredTensor("eva", dtype, (spec.num_tokens, spec.eva_dim)),
-        StoredTensor("clip", dtype, (spec.num_tokens, spec.clip_dim)),
-    ]
-    if spec.dtype == "fp8-e4m3":
-        tensors += [StoredTensor(f"{t.name}_scale", torch.float32, (spec.num_tokens,)) for t in list(tensors)]
-    return tensors
+    stored = []
+    for name, tensor in spec.tensors.items():
+        num_tokens, dim = spec.shape(name)
+        on_grid = tensor.num_tokens is None
+        stored.append(StoredTensor(name, _TORCH_DTYPES[tensor.dtype], (num_tokens, dim), on_grid))
+        if tensor.dtype == "fp8-e4m3":
+            stored.append(StoredTensor(name + SCALE_SUFFIX, torch.float32, (num_tokens,), on_grid))
+    return stored
 
 
 def read_dtype(dtype: StorageDType) -> torch.dtype:
@@ -132,6 +133,24 @@ def encode(values: Tensor, dtype: StorageDType) -> tuple[Tensor, Tensor | None]:
 def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
     """The values [..., D] that a reader gets for what `encode` stored; on the GPU in one pass."""
     return stored if scale is None else dequantize_fp8(stored, scale)
+
+
+def decode_all(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A sample's or a batch's tensors as a reader gets them, each multiplied with its scales where it has any."""
+    return {
+        name: decode(tensor, stored.get(name + SCALE_SUFFIX))
+        for name, tensor in stored.items()
+        if not name.endswith(SCALE_SUFFIX)
+    }
+
+
+def check_values(stored: Mapping[str, Tensor], where: str) -> None:
+    """Raise DataError, naming the sample (`where`) and the tensor, if a value or a scale would be NaN or infinity."""
+    for name, tensor in stored.items():
+        if name.endswith(SCALE_SUFFIX):
+            check_scale(tensor, name.removesuffix(SCALE_SUFFIX), where)
+        else:
+            check_finite(tensor, name, where)
 
 
 def check_finite(stored: Tensor, name: str, where: str) -> None:

@@ -20,8 +20,9 @@ import safetensors
 import safetensors.numpy
 
 from blip3o_ds.data.format.codec import stored_tensors
+from blip3o_ds.data.format.manifest import FORMAT_VERSIONS
 from blip3o_ds.data.format.moments import ChannelMoments
-from blip3o_ds.data.format.schema import FORMAT_VERSION, DatasetSpec
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write_bytes
 
@@ -61,8 +62,7 @@ class ShardIndex:
     sha256: str  # of the tar
     members: dict[str, np.ndarray]  # tensors_offset, tensors_size, meta_offset, meta_size: the two files' contents
     tensors: dict[str, np.ndarray]  # the data of each tensor of a sample, by its name
-    eva_moments: ChannelMoments
-    clip_moments: ChannelMoments
+    moments: dict[str, ChannelMoments]  # by tensor
 
     def save(self, path: Path) -> None:
         """Write the index in one step."""
@@ -73,12 +73,12 @@ class ShardIndex:
             **self.members,
             **{f"tensor.{name}": offsets for name, offsets in self.tensors.items()},
         }
-        for side, moments in (("eva", self.eva_moments), ("clip", self.clip_moments)):
-            arrays[f"{side}_count"] = np.array([moments.count], dtype=np.int64)
-            arrays[f"{side}_mean"] = moments.mean
-            arrays[f"{side}_m2"] = moments.m2
+        for name, moments in self.moments.items():
+            arrays[f"{name}_count"] = np.array([moments.count], dtype=np.int64)
+            arrays[f"{name}_mean"] = moments.mean
+            arrays[f"{name}_m2"] = moments.m2
         metadata = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.spec.format_version,
             "num_samples": len(self.keys),
             "num_bytes": self.num_bytes,
             "sha256": self.sha256,
@@ -92,10 +92,10 @@ class ShardIndex:
     def load(path: Path) -> ShardIndex:
         """Read and check an index; every fault is a DataError that names the file and the field."""
         metadata, arrays = _read(path)
-        if metadata.get("format_version") != FORMAT_VERSION:
+        if metadata.get("format_version") not in FORMAT_VERSIONS:
             raise DataError(
-                f"{path}: format_version is {metadata.get('format_version')!r}, this version reads "
-                f"{FORMAT_VERSION}; write the dataset again"
+                f"{path}: format_version is {metadata.get('format_version')!r}, this release reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; write the dataset again"
             )
         if unknown := sorted(set(metadata) - set(_METADATA)):
             raise DataError(f"{path}: field {unknown[0]!r} is unknown; copy or write this shard again")
@@ -111,8 +111,7 @@ class ShardIndex:
                 sha256=str(metadata["sha256"]),
                 members={name: arrays[name] for name in MEMBERS},
                 tensors={tensor.name: arrays[f"tensor.{tensor.name}"] for tensor in stored_tensors(spec)},
-                eva_moments=_moments(arrays, "eva"),
-                clip_moments=_moments(arrays, "clip"),
+                moments={name: _moments(arrays, name) for name in spec.tensors},
             )
         except KeyError as error:
             raise DataError(f"{path}: field {error} is missing; write this shard again") from error
@@ -152,8 +151,8 @@ def _split(content: bytes, offsets: list[int]) -> list[str]:
     return [content[start:stop].decode() for start, stop in pairwise(offsets)]
 
 
-def _moments(arrays: dict[str, np.ndarray], side: str) -> ChannelMoments:
-    return ChannelMoments(int(arrays[f"{side}_count"][0]), arrays[f"{side}_mean"], arrays[f"{side}_m2"])
+def _moments(arrays: dict[str, np.ndarray], name: str) -> ChannelMoments:
+    return ChannelMoments(int(arrays[f"{name}_count"][0]), arrays[f"{name}_mean"], arrays[f"{name}_m2"])
 
 
 def _check(index: ShardIndex, num_samples: Any, path: Path) -> None:
@@ -177,14 +176,14 @@ def _check(index: ShardIndex, num_samples: Any, path: Path) -> None:
     for tensor in stored_tensors(index.spec):
         if int(index.tensors[tensor.name].max()) + tensor.num_bytes > index.num_bytes:
             raise DataError(f"{path}: {tensor.name} ends outside the shard's {index.num_bytes} bytes")
-    for side, dim in (("eva", index.spec.eva_dim), ("clip", index.spec.clip_dim)):
-        moments: ChannelMoments = getattr(index, f"{side}_moments")
-        tokens = count * index.spec.num_tokens
+    for name, moments in index.moments.items():
+        num_tokens, dim = index.spec.shape(name)
+        tokens = count * num_tokens
         if moments.count != tokens or moments.mean.shape != (dim,) or moments.m2.shape != (dim,):
             raise DataError(
-                f"{path}: the statistics of {side} cover {moments.count} tokens of {moments.mean.size} channels, "
+                f"{path}: the statistics of {name} cover {moments.count} tokens of {moments.mean.size} channels, "
                 f"expected {tokens} of {dim}"
             )
         for values in (moments.mean, moments.m2):
             if values.dtype != np.float64 or not np.isfinite(values).all():
-                raise DataError(f"{path}: the statistics of {side} are not finite float64 numbers")
+                raise DataError(f"{path}: the statistics of {name} are not finite float64 numbers")

@@ -6,11 +6,14 @@ the mean is large against the deviation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from blip3o_ds.data.format.schema import ChannelStats
+from blip3o_ds.data.format.manifest import ChannelStats
+from blip3o_ds.data.format.schema import DatasetSpec
 
 _BLOCK_CHANNELS = 256  # at a time in float64, which for a sample of 256 tokens stay in the processor's cache
 
@@ -67,3 +70,28 @@ class ChannelMoments:
 
     def to_stats(self) -> ChannelStats:
         return ChannelStats(mean=self.mean, var=self.m2 / max(self.count, 1), count=self.count)
+
+
+def no_moments(spec: DatasetSpec) -> dict[str, ChannelMoments]:
+    """Each tensor's moments before the first sample."""
+    return {name: ChannelMoments.empty(tensor.dim) for name, tensor in spec.tensors.items()}
+
+
+def sample_moments(tensors: Mapping[str, Tensor]) -> dict[str, ChannelMoments]:
+    """Each tensor's moments over the tokens of one sample."""
+    return {name: ChannelMoments.of(values.float().numpy()) for name, values in tensors.items()}
+
+
+def merge_moments(left: Mapping[str, ChannelMoments], right: Mapping[str, ChannelMoments]) -> dict[str, ChannelMoments]:
+    """Each tensor's moments over both sets of samples."""
+    return {name: moments.merge(right[name]) for name, moments in left.items()}
+
+
+def moments_of_stats(stats: Mapping[str, ChannelStats]) -> dict[str, ChannelMoments]:
+    """Each tensor's moments behind a manifest's statistics."""
+    return {name: ChannelMoments.from_stats(of_tensor) for name, of_tensor in stats.items()}
+
+
+def stats_of_moments(moments: Mapping[str, ChannelMoments]) -> dict[str, ChannelStats]:
+    """Each tensor's statistics, as a manifest has them."""
+    return {name: of_tensor.to_stats() for name, of_tensor in moments.items()}

@@ -1,61 +1,95 @@
-"""What a dataset folder says about itself: the specification of its samples, its shards, its channel statistics.
+"""What every sample of a dataset looks like: its tensors by name, each with a width, a dtype, an encoder and a role.
 
-All of it lives in `manifest.json`, written last, so a folder with a manifest is complete and one without is not.
+Everything that reads or writes samples is driven by `DatasetSpec.tensors`, so another tensor in a sample is another
+entry there and nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from blip3o_ds.data.format.selection import Selection
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write_json
 
 TokenLayout = Literal["patch_only", "cls_patch"]
 StorageDType = Literal["bf16", "fp16", "fp32", "fp8-e4m3"]
+Role = Literal["condition", "target"]
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-_MAKERS = "`blip3o-ds data convert SRC DST`, `data extract IMAGES DST` or `data demo DST`"
+MAKERS = "`blip3o-ds data convert SRC DST`, `data extract IMAGES DST` or `data demo DST`"
+SCALE_SUFFIX = "_scale"  # a sample holds the fp8-e4m3 scales of `eva` as `eva_scale`
+_TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a sample, [N, dim]: N is the image's number of tokens, or `num_tokens` where it has its own."""
+
+    dim: int
+    dtype: StorageDType
+    encoder: str
+    role: Role
+    num_tokens: int | None = None  # such as the 77 tokens of a text
+
+    def check(self, name: str) -> None:
+        """Raise DataError, naming the field, for a value that no tensor can have; `name` is the tensor's."""
+        if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name) or name.endswith(SCALE_SUFFIX):
+            raise DataError(
+                "tensors: a name must be lower-case letters, digits and '_', begin with a letter and not end with "
+                f"{SCALE_SUFFIX!r}, found {str(name)[:80]!r}"
+            )
+        where = f"tensors.{name}"
+        _check_positive(f"{where}.dim", self.dim)
+        _check_choice(f"{where}.dtype", self.dtype, StorageDType)
+        _check_choice(f"{where}.role", self.role, Role)
+        if self.num_tokens is not None:
+            _check_positive(f"{where}.num_tokens", self.num_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What every sample of a dataset looks like: `eva [num_tokens, eva_dim]` and `clip [num_tokens, clip_dim]`.
+    """What every sample looks like: `num_tokens` of the image and their layout, and the tensors by name.
 
     `num_tokens` includes the CLS token of the layout `cls_patch`, which is token 0; the patches fill a square grid.
     """
 
     num_tokens: int
     token_layout: TokenLayout
-    eva_dim: int
-    clip_dim: int
-    dtype: StorageDType
-    condition_encoder: str
-    target_encoder: str
+    tensors: Mapping[str, TensorSpec]
 
     def __post_init__(self) -> None:
-        if self.token_layout not in get_args(TokenLayout):
-            raise DataError(_not_one_of("token_layout", self.token_layout, TokenLayout))
-        if self.dtype not in get_args(StorageDType):
-            raise DataError(_not_one_of("dtype", self.dtype, StorageDType))
-        for name in ("num_tokens", "eva_dim", "clip_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise DataError(f"{name} must be a positive integer, found {value!r}")
+        _check_choice("token_layout", self.token_layout, TokenLayout)
+        _check_positive("num_tokens", self.num_tokens)
+        if not self.tensors:
+            raise DataError("tensors must name at least one tensor")
+        for name, tensor in self.tensors.items():
+            tensor.check(name)
         patches = self.num_tokens - self.num_cls_tokens
         if patches < 1 or math.isqrt(patches) ** 2 != patches:
             raise DataError(
-                f"num_tokens {self.num_tokens} with token_layout {self.token_layout} leaves {patches} patches, "
-                "which fill no square grid; patch_only wants g*g tokens, cls_patch g*g+1"
+                f"num_tokens {self.num_tokens} with token_layout {self.token_layout} leaves {patches} patches, which "
+                "fill no square grid; patch_only needs g*g tokens, cls_patch g*g+1"
             )
+
+    @staticmethod
+    def pair(
+        num_tokens: int,
+        token_layout: TokenLayout,
+        eva_dim: int,
+        clip_dim: int,
+        dtype: StorageDType,
+        condition_encoder: str,
+        target_encoder: str,
+    ) -> DatasetSpec:
+        """The usual sample: the condition `eva` and the target `clip`, both of the image's tokens, in one dtype."""
+        tensors = _pair(eva_dim, clip_dim, dtype, condition_encoder, target_encoder)
+        return DatasetSpec(num_tokens, token_layout, tensors)
 
     @property
     def num_cls_tokens(self) -> int:
@@ -65,6 +99,35 @@ class DatasetSpec:
     def grid_size(self) -> int:
         """Patches along one side of the grid."""
         return math.isqrt(self.num_tokens - self.num_cls_tokens)
+
+    @property
+    def format_version(self) -> int:
+        """Of the files: 1 for the usual pair, which all releases read, 2 for any other tensors."""
+        return 1 if _is_pair(self.tensors) else 2
+
+    @property
+    def dtypes(self) -> str | dict[str, str]:
+        """The stored dtype of all tensors; by name, where they differ."""
+        found = {name: str(tensor.dtype) for name, tensor in self.tensors.items()}
+        return found if len(set(found.values())) > 1 else next(iter(found.values()))
+
+    def num_tokens_of(self, name: str) -> int:
+        own = self.tensors[name].num_tokens
+        return self.num_tokens if own is None else own
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """[N, D] of a tensor."""
+        return self.num_tokens_of(name), self.tensors[name].dim
+
+    def model_dims(self) -> dict[str, int]:
+        """The dims that a DiT for these samples must have, by the names of its settings."""
+        if missing := [name for name in ("eva", "clip") if name not in self.tensors]:
+            raise DataError(f"the samples hold {', '.join(self.tensors)}, but the DiT needs {' and '.join(missing)}")
+        return {
+            "eva_dim": self.tensors["eva"].dim,
+            "clip_dim": self.tensors["clip"].dim,
+            "grid_size": self.grid_size,
+        }
 
     def viewed_as(self, token_layout: TokenLayout | None) -> DatasetSpec:
         """This specification with its samples read as `token_layout`; a CLS token can be dropped, never invented."""
@@ -77,199 +140,110 @@ class DatasetSpec:
             )
         return replace(self, token_layout=token_layout, num_tokens=self.num_tokens - 1)
 
+    def stored_as(self, dtype: StorageDType) -> DatasetSpec:
+        """The same samples with every tensor in another dtype."""
+        return replace(self, tensors={name: replace(tensor, dtype=dtype) for name, tensor in self.tensors.items()})
+
     def differences(self, other: DatasetSpec) -> str:
         """The fields in which two specifications differ, as `name: mine != other's`; empty when equal."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return ", ".join(f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs)
+        mine, theirs = self._fields(), other._fields()
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return ", ".join(f"{name}: {mine.get(name)!r} != {theirs.get(name)!r}" for name in names)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As the manifest holds it, in this specification's `format_version`."""
+        if self.format_version == 2:
+            tensors = {name: tensor.to_dict() for name, tensor in self.tensors.items()}
+            return {"num_tokens": self.num_tokens, "token_layout": self.token_layout, "tensors": tensors}
+        eva, clip = self.tensors["eva"], self.tensors["clip"]
+        return {
+            "num_tokens": self.num_tokens,
+            "token_layout": self.token_layout,
+            "eva_dim": eva.dim,
+            "clip_dim": clip.dim,
+            "dtype": eva.dtype,
+            "condition_encoder": eva.encoder,
+            "target_encoder": clip.encoder,
+        }
 
     @staticmethod
     def from_dict(content: Any, source: Path | str) -> DatasetSpec:
-        """Read a specification out of JSON; `source` is the file that errors name."""
-        kinds = {f.name: int if f.type == "int" else str for f in fields(DatasetSpec)}
-        values = {name: _field(content, name, kind, source, "spec") for name, kind in kinds.items()}
+        """Read a specification of either version out of JSON; `source` is the file that errors name."""
+        num_tokens = read_field(content, "num_tokens", int, source, "spec")
+        token_layout = read_field(content, "token_layout", str, source, "spec")
+        tensors = _read_tensors(content, source)
         try:
-            return DatasetSpec(**values)
+            return DatasetSpec(num_tokens, token_layout, tensors)
         except DataError as error:
             raise DataError(f"{source}: spec: {error}") from error
 
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One shard in the manifest: file name, samples, bytes and the SHA-256 of the tar."""
-
-    name: str
-    num_samples: int
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, eq=False)
-class ChannelStats:
-    """Mean and variance of every channel over all tokens of all samples, of the values as stored."""
-
-    mean: np.ndarray  # [D] float64
-    var: np.ndarray  # [D] float64, divided by count
-    count: int  # tokens
-
-
-@dataclass(frozen=True, eq=False)
-class Manifest:
-    """The table of contents of a dataset folder.
-
-    With a `selection` the folder holds no shards of its own: `shards` are those of the dataset `selection.of` that
-    hold samples of the part, with the number of samples selected, and the statistics are of those samples alone.
-    """
-
-    spec: DatasetSpec
-    shards: tuple[ShardInfo, ...]
-    eva_stats: ChannelStats
-    clip_stats: ChannelStats
-    extra: dict[str, Any]
-    selection: Selection | None = None
-
-    @cached_property
-    def num_samples(self) -> int:
-        return sum(shard.num_samples for shard in self.shards)
-
-    @staticmethod
-    def load(dataset_dir: str | Path) -> Manifest:
-        """Read and check `dataset_dir/manifest.json`; every fault is a DataError that names file and field."""
-        path = Path(dataset_dir) / MANIFEST_NAME
-        return Manifest.parse(_read(path), path)
-
-    @staticmethod
-    def parse(text: bytes, path: Path | str) -> Manifest:
-        """Check the content of a manifest; `path` is the file or URL that errors name."""
-        content = _parse_json(text, path)
-        version = _field(content, "format_version", int, path)
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path}: format_version is {version}, this version reads {FORMAT_VERSION}; "
-                f"write the dataset again with {_MAKERS}, or use the version that wrote it"
-            )
-        spec = DatasetSpec.from_dict(_field(content, "spec", dict, path), path)
-        stats = _field(content, "stats", dict, path)
-        manifest = Manifest(
-            spec=spec,
-            shards=tuple(_read_shard_info(entry, path) for entry in _field(content, "shards", list, path)),
-            eva_stats=_read_stats(stats, "eva", spec.eva_dim, path),
-            clip_stats=_read_stats(stats, "clip", spec.clip_dim, path),
-            extra=_field(content, "extra", dict, path),
-            selection=_read_selection(content, path),
-        )
-        _check_counts(manifest, _field(content, "num_samples", int, path), path)
-        return manifest
-
-    def save(self, dataset_dir: str | Path) -> None:
-        """Write `dataset_dir/manifest.json` in one step."""
-        content = {
-            "format_version": FORMAT_VERSION,
-            "spec": self.spec.to_dict(),
-            "num_samples": self.num_samples,
-            "extra": self.extra,
-            **({"selection": asdict(self.selection)} if self.selection else {}),
-            "shards": [vars(shard) for shard in self.shards],
-            "stats": {"eva": _stats_to_dict(self.eva_stats), "clip": _stats_to_dict(self.clip_stats)},
+    def _fields(self) -> dict[str, Any]:
+        tensors = {
+            f"tensors.{name}.{field}": value
+            for name, tensor in self.tensors.items()
+            for field, value in tensor.to_dict().items()
         }
-        atomic_write_json(Path(dataset_dir) / MANIFEST_NAME, content)
+        return {"num_tokens": self.num_tokens, "token_layout": self.token_layout, **tensors}
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path} is missing: this is no dataset folder, or writing it was interrupted; {_MAKERS} make one"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _parse_json(text: bytes, path: Path | str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); write the dataset again with {_MAKERS}") from error
-
-
-def _field(content: Any, name: str, kind: type, path: Path | str, parent: str = "") -> Any:
+def read_field(content: Any, name: str, kind: type, source: Path | str, parent: str = "") -> Any:
+    """`content[name]` of a JSON object, checked to be a `kind`; a DataError names the file and the field."""
     label = f"{parent}.{name}" if parent else name
     if not isinstance(content, dict):
-        raise DataError(f"{path}: {parent or 'the file'} must be a JSON object, found {type(content).__name__}")
+        raise DataError(f"{source}: {parent or 'the file'} must be a JSON object, found {type(content).__name__}")
     if name not in content:
-        raise DataError(f"{path}: field {label} is missing; write the dataset again with {_MAKERS}")
+        raise DataError(f"{source}: field {label} is missing; write the dataset again with {MAKERS}")
     value = content[name]
     if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not 0 <= value < 1 << 63)):
         expected = "non-negative integer" if kind is int else kind.__name__
-        raise DataError(f"{path}: field {label} must be a {expected}, found {str(value)[:80]!r}")
+        raise DataError(f"{source}: field {label} must be a {expected}, found {str(value)[:80]!r}")
     return value
 
 
-def _read_shard_info(entry: Any, path: Path | str) -> ShardInfo:
-    kinds = {"name": str, "num_samples": int, "num_bytes": int, "sha256": str}
-    info = ShardInfo(**{name: _field(entry, name, kind, path, "shards[]") for name, kind in kinds.items()})
-    if not _is_file_name(info.name):
-        raise DataError(f"{path}: shards[].name must be a file name without a folder, found {info.name!r}")
-    return info
+def _read_tensors(content: dict[str, Any], source: Path | str) -> dict[str, TensorSpec]:
+    if "tensors" in content:
+        entries = read_field(content, "tensors", dict, source, "spec")
+        return {name: _read_tensor(entries, name, source) for name in entries}
+    kinds = {"eva_dim": int, "clip_dim": int, "dtype": str, "condition_encoder": str, "target_encoder": str}
+    return _pair(**{name: read_field(content, name, kind, source, "spec") for name, kind in kinds.items()})
 
 
-def _is_file_name(name: str) -> bool:
-    return Path(name).name == name and name.isprintable() and name not in ("", "..") and len(name) < 200
+def _read_tensor(entries: dict[str, Any], name: str, source: Path | str) -> TensorSpec:
+    entry = read_field(entries, name, dict, source, "spec.tensors")
+    kinds = {"dim": int, "dtype": str, "encoder": str, "role": str, "num_tokens": int}
+    if unknown := sorted(set(entry) - set(kinds)):
+        raise DataError(f"{source}: field spec.tensors.{name}.{unknown[0]} is unknown; expected {', '.join(kinds)}")
+    if "num_tokens" not in entry:
+        del kinds["num_tokens"]
+    parent = f"spec.tensors.{name}"
+    return TensorSpec(**{field: read_field(entry, field, kind, source, parent) for field, kind in kinds.items()})
 
 
-def _read_selection(content: dict[str, Any], path: Path | str) -> Selection | None:
-    if "selection" not in content:
-        return None
-    entry = _field(content, "selection", dict, path)
-    kinds = {"of": str, "fraction": float, "part": str}
-    values = {name: _field(entry, name, kind, path, "selection") for name, kind in kinds.items()}
-    try:
-        return Selection(**values)
-    except DataError as error:
-        raise DataError(f"{path}: selection: {error}") from error
+def _pair(
+    eva_dim: int, clip_dim: int, dtype: StorageDType, condition_encoder: str, target_encoder: str
+) -> dict[str, TensorSpec]:
+    return {
+        "eva": TensorSpec(eva_dim, dtype, condition_encoder, "condition"),
+        "clip": TensorSpec(clip_dim, dtype, target_encoder, "target"),
+    }
 
 
-def _read_stats(stats: dict[str, Any], side: str, dim: int, path: Path | str) -> ChannelStats:
-    content = _field(stats, side, dict, path, "stats")
-    count = _field(content, "count", int, path, f"stats.{side}")
-    mean = _read_channels(content, "mean", side, dim, path)
-    var = _read_channels(content, "var", side, dim, path)
-    return ChannelStats(mean=mean, var=var, count=count)
+def _is_pair(tensors: Mapping[str, TensorSpec]) -> bool:
+    if set(tensors) != {"eva", "clip"}:
+        return False
+    eva, clip = tensors["eva"], tensors["clip"]
+    return (
+        (eva.role, clip.role) == ("condition", "target")
+        and eva.dtype == clip.dtype
+        and eva.num_tokens is clip.num_tokens is None
+    )
 
 
-def _read_channels(content: dict[str, Any], name: str, side: str, dim: int, path: Path | str) -> np.ndarray:
-    values = _field(content, name, list, path, f"stats.{side}")
-    try:
-        channels = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: field stats.{side}.{name} must be a list of numbers ({error})") from error
-    if channels.shape != (dim,):
-        raise DataError(f"{path}: stats.{side}.{name} holds {channels.size} channels, spec.{side}_dim is {dim}")
-    if not np.isfinite(channels).all() or (name == "var" and (channels < 0).any()):
-        raise DataError(f"{path}: stats.{side}.{name} holds values that are not finite, or negative variances")
-    return channels
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise DataError(f"{name} must be a positive integer, found {value!r}")
 
 
-def _check_counts(manifest: Manifest, num_samples: int, path: Path | str) -> None:
-    if manifest.num_samples != num_samples:
-        raise DataError(
-            f"{path}: num_samples is {num_samples}, but the shards' num_samples add up to {manifest.num_samples}"
-        )
-    expected = num_samples * manifest.spec.num_tokens
-    for side, stats in (("eva", manifest.eva_stats), ("clip", manifest.clip_stats)):
-        if stats.count != expected:
-            raise DataError(
-                f"{path}: stats.{side}.count is {stats.count} tokens, but {num_samples} samples of "
-                f"{manifest.spec.num_tokens} tokens make {expected}"
-            )
-
-
-def _stats_to_dict(stats: ChannelStats) -> dict[str, Any]:
-    return {"count": stats.count, "mean": stats.mean.tolist(), "var": stats.var.tolist()}
-
-
-def _not_one_of(name: str, value: object, choices: Any) -> str:
-    return f"{name} must be one of {', '.join(get_args(choices))}, found {value!r}"
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise DataError(f"{name} must be one of {', '.join(get_args(choices))}, found {value!r}")

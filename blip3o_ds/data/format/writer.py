@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -22,11 +22,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from blip3o_ds.data.format.codec import decode, encode, has_nonfinite, parse_header, stored_tensors, to_bytes
+from blip3o_ds.data.format.codec import decode_all, encode, has_nonfinite, parse_header, stored_tensors, to_bytes
 from blip3o_ds.data.format.distortion import Distortion
 from blip3o_ds.data.format.index import ShardIndex, check_tar_size, index_path
-from blip3o_ds.data.format.moments import ChannelMoments
-from blip3o_ds.data.format.schema import MANIFEST_NAME, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from blip3o_ds.data.format.moments import merge_moments, no_moments, sample_moments, stats_of_moments
+from blip3o_ds.data.format.schema import SCALE_SUFFIX, DatasetSpec
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write
 
@@ -118,11 +119,11 @@ class DatasetWriter:
         writer._begin(Path(dst), spec, samples_per_shard, extra, resume=True)
         return writer
 
-    def write(self, key: str, eva: Tensor, clip: Tensor, meta: dict[str, Any]) -> None:
-        """Append a sample: `eva` [N, eva_dim], `clip` [N, clip_dim], `meta` anything that JSON holds.
+    def write(self, key: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        """Append a sample: each tensor of the specification, [N, D], and `meta`, anything that JSON holds.
 
-        Raises DataError for a key used before or with "." or "/" in it, another shape, a value that is not finite
-        (also after the cast to the stored dtype), or a disk that refuses.
+        Raises DataError for a key used before or with "." or "/" in it, other tensors or shapes, a value that is not
+        finite (also after the cast to the stored dtype), or a disk that refuses.
         """
         if self._failure is not None:
             raise self._failure
@@ -133,7 +134,7 @@ class DatasetWriter:
             if self._shard is None:
                 path = self._dst / f"shard_{len(self._shards):05d}.tar"
                 self._shard = ShardWriter(path, self.spec, self._distortions)
-            self._shard.write(key, eva, clip, meta)
+            self._shard.write(key, tensors, meta)
             self._keys.add(key)
             if self._shard.num_samples >= self._samples_per_shard:
                 self._finish_shard(self._shard)
@@ -144,8 +145,8 @@ class DatasetWriter:
             raise self._failure from error
 
     def cost(self) -> dict[str, Any]:
-        """What the cast to the stored dtype did to the samples written here, by side; see `Distortion.to_dict`."""
-        return {side: distortion.to_dict() for side, distortion in self._distortions.items()}
+        """What the cast to the stored dtype did to each tensor of the samples written here (`Distortion.to_dict`)."""
+        return {name: distortion.to_dict() for name, distortion in self._distortions.items()}
 
     def done_keys(self) -> set[str]:
         """Keys of the samples already written, those of a resumed dataset included."""
@@ -181,9 +182,8 @@ class DatasetWriter:
         self._samples_per_shard = samples_per_shard
         self._shards: list[ShardInfo] = []
         self._keys: set[str] = set()
-        self._eva_moments = ChannelMoments.empty(spec.eva_dim)
-        self._clip_moments = ChannelMoments.empty(spec.clip_dim)
-        self._distortions = {"eva": Distortion(), "clip": Distortion()}
+        self._moments = no_moments(spec)
+        self._distortions = {name: Distortion() for name in spec.tensors}
         self._shard: ShardWriter | None = None
         self._failure: DataError | None = None
         with contextlib.ExitStack() as lock:
@@ -215,8 +215,7 @@ class DatasetWriter:
 
     def _append(self, name: str, index: ShardIndex) -> None:
         self._shards.append(ShardInfo(name, len(index.keys), index.num_bytes, index.sha256))
-        self._eva_moments = self._eva_moments.merge(index.eva_moments)
-        self._clip_moments = self._clip_moments.merge(index.clip_moments)
+        self._moments = merge_moments(self._moments, index.moments)
 
     def _close(self) -> None:
         if self._shard is not None and self._shard.num_samples:
@@ -226,8 +225,7 @@ class DatasetWriter:
         Manifest(
             spec=self.spec,
             shards=tuple(self._shards),
-            eva_stats=self._eva_moments.to_stats(),
-            clip_stats=self._clip_moments.to_stats(),
+            stats=stats_of_moments(self._moments),
             extra=self.extra,
         ).save(self._dst)
 
@@ -240,8 +238,8 @@ class DatasetWriter:
 class ShardWriter:
     """Writes one tar and, when finished, its index; the tar appears under its name only then."""
 
-    def __init__(self, path: Path, spec: DatasetSpec, distortions: dict[str, Distortion]) -> None:
-        """`distortions`, of each side, count what `write` encodes."""
+    def __init__(self, path: Path, spec: DatasetSpec, distortions: Mapping[str, Distortion]) -> None:
+        """`distortions`, one for each tensor, count what `write` encodes."""
         self.path = path
         self._spec = spec
         self._distortions = distortions
@@ -252,34 +250,37 @@ class ShardWriter:
             name: [] for name in ("tensors_offset", "tensors_size", "meta_offset", "meta_size")
         }
         self._tensors: dict[str, list[int]] = {tensor.name: [] for tensor in stored_tensors(spec)}
-        self._eva_moments = ChannelMoments.empty(spec.eva_dim)
-        self._clip_moments = ChannelMoments.empty(spec.clip_dim)
+        self._moments = no_moments(spec)
 
     @property
     def num_samples(self) -> int:
         return len(self._keys)
 
-    def write(self, key: str, eva: Tensor, clip: Tensor, meta: dict[str, Any]) -> None:
+    def write(self, key: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Append a sample; nothing reaches the file unless all of it is valid."""
-        tensors: dict[str, Tensor] = {}
-        decoded: dict[str, Tensor] = {}
-        for side, values, dim in (("eva", eva, self._spec.eva_dim), ("clip", clip, self._spec.clip_dim)):
-            stored, scale, seen = self._encode(key, side, values, dim)
-            tensors[side] = stored
-            if scale is not None:
-                tensors[f"{side}_scale"] = scale
-            decoded[side] = seen
-        self._append(key, tensors, decoded, meta)
-        for side, given in (("eva", eva), ("clip", clip)):
-            self._distortions[side].add(given.detach().cpu(), decoded[side])
+        if set(tensors) != set(self._spec.tensors):
+            found, expected = (", ".join(sorted(names)) for names in (tensors, self._spec.tensors))
+            raise DataError(f"sample {key!r}: holds the tensors {found}, expected {expected}")
+        stored: dict[str, Tensor] = {}
+        for name in self._spec.tensors:
+            stored |= self._encode(key, name, tensors[name])
+        decoded = decode_all(stored)
+        for name, values in decoded.items():
+            if has_nonfinite(values):
+                largest, dtype = float(tensors[name].abs().max()), self._spec.tensors[name].dtype
+                raise DataError(
+                    f"sample {key!r}: {name} reaches {largest:.3g}, more than {dtype} holds; use bf16 or fp32"
+                )
+        self._append(key, stored, decoded, meta)
+        for name, given in tensors.items():
+            self._distortions[name].add(given.detach().cpu(), decoded[name])
 
     def write_stored(self, key: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Append a sample whose tensors are as a shard of this specification stores them, to the bit."""
-        decoded = {side: decode(tensors[side], tensors.get(f"{side}_scale")) for side in ("eva", "clip")}
-        self._append(key, tensors, decoded, meta)
+        self._append(key, tensors, decode_all(tensors), meta)
 
     def _append(self, key: str, tensors: dict[str, Tensor], decoded: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        moments = {side: ChannelMoments.of(values.float().numpy()) for side, values in decoded.items()}
+        moments = sample_moments(decoded)
         content = to_bytes(tensors)
         _, offsets = parse_header(content, self._spec, f"{self.path}: sample {key}")
         meta_content = _meta_bytes(key, meta)
@@ -289,8 +290,7 @@ class ShardWriter:
             self._tensors[name].append(start + offset)
         self._member(f"{key}.json", meta_content, "meta")
         self._keys.append(key)
-        self._eva_moments = self._eva_moments.merge(moments["eva"])
-        self._clip_moments = self._clip_moments.merge(moments["clip"])
+        self._moments = merge_moments(self._moments, moments)
 
     def finish(self) -> ShardIndex:
         """Close the tar, then write the index that makes it count."""
@@ -304,8 +304,7 @@ class ShardWriter:
             sha256=self._tar.digest.hexdigest(),
             members={name: np.array(values, dtype=np.int64) for name, values in self._members.items()},
             tensors={name: np.array(values, dtype=np.int64) for name, values in self._tensors.items()},
-            eva_moments=self._eva_moments,
-            clip_moments=self._clip_moments,
+            moments=self._moments,
         )
         try:
             index.save(index_path(self.path))
@@ -321,23 +320,17 @@ class ShardWriter:
         with contextlib.suppress(DataError, OSError):
             self._pending.__exit__(DataError, error, None)
 
-    def _encode(self, key: str, side: str, values: Tensor, dim: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        expected = (self._spec.num_tokens, dim)
+    def _encode(self, key: str, name: str, values: Tensor) -> dict[str, Tensor]:
+        expected = self._spec.shape(name)
         if tuple(values.shape) != expected:
-            raise DataError(f"sample {key!r}: {side} has shape {list(values.shape)}, expected {list(expected)}")
+            raise DataError(f"sample {key!r}: {name} has shape {list(values.shape)}, expected {list(expected)}")
         if not values.is_floating_point():
-            raise DataError(f"sample {key!r}: {side} has dtype {values.dtype}, expected floating point")
+            raise DataError(f"sample {key!r}: {name} has dtype {values.dtype}, expected floating point")
         values = values.detach().to("cpu")
         if has_nonfinite(values):
-            raise DataError(f"sample {key!r}: {side} holds NaN or infinity; leave the sample out or mend it")
-        stored, scale = encode(values, self._spec.dtype)
-        seen = decode(stored, scale)
-        if has_nonfinite(seen):
-            largest = float(values.abs().max())
-            raise DataError(
-                f"sample {key!r}: {side} reaches {largest:.3g}, more than {self._spec.dtype} holds; choose bf16 or fp32"
-            )
-        return stored, scale, seen
+            raise DataError(f"sample {key!r}: {name} holds NaN or infinity; leave the sample out or fix it")
+        stored, scale = encode(values, self._spec.tensors[name].dtype)
+        return {name: stored} if scale is None else {name: stored, name + SCALE_SUFFIX: scale}
 
     def _member(self, name: str, content: bytes, kind: str) -> int:
         info = tarfile.TarInfo(name)

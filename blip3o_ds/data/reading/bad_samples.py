@@ -1,7 +1,6 @@
-"""What happens when a sample or a shard cannot be read: the run stops, or goes on with another and says so.
+"""What happens when a sample or a shard cannot be read: the run stops, or reads another one and says so.
 
-Which one takes its place is the dataset's rule (see `EmbeddingDataset`); here are the policy, and the record of what
-was met.
+`BadSamples` is the run's policy and record, `Replacements` a dataset's rule for which sample is read instead.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,14 @@ from blip3o_ds.errors import DataError
 logger = logging.getLogger(__name__)
 
 OnBad = Literal["error", "skip"]
+Place = tuple[int, int]  # shard, and index in the shard
 SLOW_READ_SECONDS = 10.0  # a read that takes longer, or a wait for one, is reported
 
 
-class FaultLog:
+class BadSamples:
     """The policy for bad samples and bad shards, and the record of those met. Safe for several threads.
 
-    `error` raises what was found; `skip` lets the reader go on. Each bad sample or shard is logged once, and written
+    `error` raises what was found; `skip` lets the reader continue. Each bad sample or shard is logged once, and written
     as one line of JSON to the file that `write_to` names: time, rank, shard, key (null for a whole shard), error.
     """
 
@@ -46,16 +48,16 @@ class FaultLog:
         self._path, self._rank = path, rank
 
     def bad_sample(self, shard: str, key: str, error: DataError) -> None:
-        """Note a sample that cannot be read, or raise `error` if that is the policy."""
+        """Record a sample that cannot be read, or raise `error` if that is the policy."""
         if self._on_bad_sample == "error":
             raise error
-        self._note(shard, key, error)
+        self._record(shard, key, error)
 
     def bad_shard(self, shard: str, error: DataError) -> None:
-        """Note a shard of which nothing can be read, or raise `error` if that is the policy."""
+        """Record a shard of which nothing can be read, or raise `error` if that is the policy."""
         if self._on_bad_shard == "error":
             raise error
-        self._note(shard, None, error)
+        self._record(shard, None, error)
 
     def replaced(self) -> None:
         """Count a read that was given another sample."""
@@ -70,7 +72,7 @@ class FaultLog:
             self._slow.add(shard)
         logger.warning("%s: a read takes more than %.0f s; its file system is slow or does not answer", shard, seconds)
 
-    def _note(self, shard: str, key: str | None, error: DataError) -> None:
+    def _record(self, shard: str, key: str | None, error: DataError) -> None:
         with self._lock:
             if (shard, key) in self._seen:
                 return
@@ -80,6 +82,50 @@ class FaultLog:
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             line = {"time": now, "rank": self._rank, "shard": shard, "key": key, "error": str(error)}
             _append_line(self._path, line)
+
+
+class Replacements:
+    """Which sample of a dataset is read where the one at a place is bad; what was found bad is not tried again.
+
+    For a bad sample it is the next sound one of its shard, from the first again after the last; for a shard that
+    cannot be opened, or has no sound sample, the sample `index` modulo its size of the next shard, in the same way. So
+    the sample that is read depends only on the data and the place.
+    """
+
+    def __init__(self, bad_samples: BadSamples, shard_names: Sequence[str], shard_sizes: Sequence[int]) -> None:
+        self._record = bad_samples
+        self._names = shard_names
+        self._sizes = shard_sizes
+        self._bad_shards: set[int] = set()
+        self._bad_samples: set[Place] = set()
+
+    def places(self, shard: int, index: int) -> Iterator[Place]:
+        """The places to try for the sample at (`shard`, `index`), itself first, without those found bad so far."""
+        for other in chain(range(shard, len(self._sizes)), range(shard)):
+            size = self._sizes[other]
+            for step in range(size):
+                if other in self._bad_shards:
+                    break
+                place = other, (index + step) % size
+                if place not in self._bad_samples:
+                    yield place
+            else:
+                error = DataError(f"{self._names[other]}: none of its {size} samples can be read")
+                self.add_shard(other, error)
+
+    def has_shard(self, shard: int) -> bool:
+        """Whether the shard was not found bad so far."""
+        return shard not in self._bad_shards
+
+    def add_sample(self, place: Place, key: str, error: DataError) -> None:
+        """Never try this sample again, or raise `error` if that is the policy."""
+        self._record.bad_sample(self._names[place[0]], key, error)
+        self._bad_samples.add(place)
+
+    def add_shard(self, shard: int, error: DataError) -> None:
+        """Never try this shard again, or raise `error` if that is the policy."""
+        self._record.bad_shard(self._names[shard], error)
+        self._bad_shards.add(shard)
 
 
 def _append_line(path: Path, content: dict[str, Any]) -> None:
@@ -93,5 +139,5 @@ def _append_line(path: Path, content: dict[str, Any]) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # The record is an account of the run, not a part of it: the log has the same line.
+        # The run does not need this record, and the log has the same line.
         logger.warning("%s: cannot be written (%s)", path, error)

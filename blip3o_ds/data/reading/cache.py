@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip3o_ds.data.format.index import ShardIndex, index_path
-from blip3o_ds.data.format.schema import ShardInfo
+from blip3o_ds.data.format.manifest import ShardInfo
 from blip3o_ds.data.reading.remote import RemoteFolder, TransferError
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write_bytes, fsync_dir

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.format.codec import decode
+from blip3o_ds.data.format.codec import decode_all
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.data.reading.ring import Buffers, Step, StepRing
@@ -24,24 +24,21 @@ from blip3o_ds.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch, as it is stored: of an fp8-e4m3 dataset `eva` and `clip` are float8_e4m3fn until `expand()`."""
+    """A micro-batch, its tensors [B, N, D] by name; `batch["eva"]` is one of them.
 
-    eva: Tensor  # [B, N, eva_dim]
-    clip: Tensor  # [B, N, clip_dim]
+    As it is stored, so a tensor in fp8-e4m3 is float8_e4m3fn with its scales [B, N] beside it until `decode()`.
+    """
+
+    tensors: dict[str, Tensor]
     positions: Tensor  # [B] int64 on the CPU: place in the endless order (evaluation: sequential index)
     keys: list[str]
-    eva_scale: Tensor | None = None  # [B, N] fp32, of fp8-e4m3 alone
-    clip_scale: Tensor | None = None
 
-    def expand(self) -> Batch:
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def decode(self) -> Batch:
         """The same with fp8-e4m3 multiplied out to bf16, where the batch is: on a GPU, one pass."""
-        eva, clip = decode(self.eva, self.eva_scale), decode(self.clip, self.clip_scale)
-        return replace(self, eva=eva, clip=clip, eva_scale=None, clip_scale=None)
-
-    def embeddings(self) -> dict[str, Tensor]:
-        """All tensors but the positions, by name."""
-        named = {name: getattr(self, name) for name in ("eva", "clip", "eva_scale", "clip_scale")}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return replace(self, tensors=decode_all(self.tensors))
 
 
 class EmbeddingLoader:
@@ -124,7 +121,7 @@ class EmbeddingLoader:
     @property
     def num_replaced(self) -> int:
         """Reads so far that were given another sample than the one at their place, those read ahead included."""
-        return self._dataset.faults.num_replaced
+        return self._dataset.bad_samples.num_replaced
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and samples handed out so far, over all ranks and epochs; what was only read ahead does not count."""
@@ -182,7 +179,7 @@ class EmbeddingLoader:
 def _batch(buffers: Buffers, keys: list[str], position: int, begin: int, end: int) -> Batch:
     """Rows `begin` to `end` as views; `position` is that of row 0."""
     tensors = {name: tensor[begin:end] for name, tensor in buffers.tensors.items()}
-    return Batch(positions=torch.arange(position + begin, position + end), keys=keys[begin:end], **tensors)
+    return Batch(tensors, torch.arange(position + begin, position + end), keys[begin:end])
 
 
 class _Upload(NamedTuple):
@@ -218,15 +215,15 @@ class _Uploader:
 
     def _upload(self, step: Step, number: int, batch: Batch) -> _Upload:
         with torch.cuda.stream(self._stream):
-            moved = {name: x.to(self._device, non_blocking=True) for name, x in batch.embeddings().items()}
+            moved = {name: x.to(self._device, non_blocking=True) for name, x in batch.tensors.items()}
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         step.buffers.uploaded = arrived
-        return _Upload(step, number, replace(batch, **moved), arrived)
+        return _Upload(step, number, replace(batch, tensors=moved), arrived)
 
     def _received(self, upload: _Upload) -> Batch:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(upload.arrived)
-        for tensor in upload.batch.embeddings().values():
+        for tensor in upload.batch.tensors.values():
             tensor.record_stream(stream)  # so that its memory is not given to the next copy while in use here
         return upload.batch

@@ -145,7 +145,7 @@ class StepRing:
         for row in range(step.taken if step else 0):
             if not step.keys[row] and row not in step.errors:
                 shard, _ = step.places[row]
-                self._dataset.faults.slow(self._dataset.manifest.shards[shard].name, SLOW_READ_SECONDS)
+                self._dataset.bad_samples.slow(self._dataset.manifest.shards[shard].name, SLOW_READ_SECONDS)
 
     def _read(self) -> None:
         step: Step | None = None

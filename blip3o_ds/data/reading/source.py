@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from blip3o_ds.data.format.schema import MANIFEST_NAME, Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from blip3o_ds.data.reading.cache import ShardCache, ShardLease
 from blip3o_ds.data.reading.remote import RemoteFolder, is_remote
 from blip3o_ds.errors import DataError

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from blip3o_ds.data.format.index import ShardIndex, check_tar_size, index_path
-from blip3o_ds.data.format.moments import ChannelMoments
-from blip3o_ds.data.format.schema import MANIFEST_NAME, Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from blip3o_ds.data.format.moments import merge_moments, moments_of_stats, stats_of_moments
 from blip3o_ds.data.format.selection import key_hashes
 from blip3o_ds.data.format.writer import sole_writer
 from blip3o_ds.errors import DataError
@@ -150,11 +150,10 @@ def _link_or_copy(source: Path, target: Path, sha256: str | None = None) -> None
 
 
 def _merge(own: Manifest, added: Sequence[Manifest], shards: tuple[ShardInfo, ...]) -> Manifest:
-    eva, clip = (ChannelMoments.from_stats(stats) for stats in (own.eva_stats, own.clip_stats))
+    moments = moments_of_stats(own.stats)
     for other in added:
-        eva = eva.merge(ChannelMoments.from_stats(other.eva_stats))
-        clip = clip.merge(ChannelMoments.from_stats(other.clip_stats))
-    return Manifest(own.spec, shards, eva.to_stats(), clip.to_stats(), dict(own.extra))
+        moments = merge_moments(moments, moments_of_stats(other.stats))
+    return Manifest(own.spec, shards, stats_of_moments(moments), dict(own.extra))
 
 
 def _origin(other: _Set) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from blip3o_ds.errors import DataError
 
 BATCH = 8  # samples, of every way that makes batches
 _SAMPLES, _SAMPLES_PER_SHARD = 512, 64
-_SPEC = DatasetSpec(256, "patch_only", 4096, 1024, "bf16", "eva-clip-8b", "clip-vit-l14")
+_SPEC = DatasetSpec.pair(256, "patch_only", 4096, 1024, "bf16", "eva-clip-8b", "clip-vit-l14")
 _MOST_BYTES = 4 << 30  # of the shards that are read
 _LARGE = 1 << 30  # bytes of the buffers of the memory copy, at most: far more than any cache
 _CHUNK = 1 << 22
@@ -244,11 +244,13 @@ def _evict(paths: list[Path]) -> bool:
 
 def _write_dataset(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((_SPEC.num_tokens, _SPEC.eva_dim), (_SPEC.num_tokens, _SPEC.clip_dim))
-    pool = [[torch.randn(shape, generator=generator).bfloat16() for shape in shapes] for _ in range(8)]
+    pool = [
+        {name: torch.randn(_SPEC.shape(name), generator=generator).bfloat16() for name in _SPEC.tensors}
+        for _ in range(8)
+    ]
     with DatasetWriter(folder, _SPEC, _SAMPLES_PER_SHARD) as writer:
         for i in range(_SAMPLES):
-            writer.write(f"sample{i:06d}", *pool[i % len(pool)], {"caption": f"sample {i}"})
+            writer.write(f"sample{i:06d}", pool[i % len(pool)], {"caption": f"sample {i}"})
 
 
 def _write_pickles(dataset_dir: Path, folder: Path) -> list[Path]:
@@ -258,8 +260,8 @@ def _write_pickles(dataset_dir: Path, folder: Path) -> list[Path]:
     for shard, size in enumerate(dataset.shard_sizes):
         samples = [dataset.read(shard, index) for index in range(size)]
         content = {
-            "eva_blip3o_embeddings": torch.stack([sample.eva for sample in samples]),
-            "clip_blip3o_embeddings": torch.stack([sample.clip for sample in samples]),
+            "eva_blip3o_embeddings": torch.stack([sample["eva"] for sample in samples]),
+            "clip_blip3o_embeddings": torch.stack([sample["clip"] for sample in samples]),
             "captions": [""] * size,
             "keys": [sample.key for sample in samples],
         }

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blip3o_ds.data.format.schema import MANIFEST_NAME, DatasetSpec, Manifest, StorageDType, TokenLayout
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest
+from blip3o_ds.data.format.schema import DatasetSpec, StorageDType, TokenLayout
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.tools.pickles import load_pickle
@@ -50,7 +51,7 @@ def convert(
     `_cls_patch.pkl`) files, each a dict with `eva_blip3o_embeddings` [S, N, De], `clip_blip3o_embeddings` [S, N, Dc],
     `captions` and `keys`.
     `token_layout="patch_only"` drops the CLS token of data that hold one; None keeps what is there. Returns counts,
-    the specification, and under `cost` what the stored dtype does to each side (see
+    the specification, and under `cost` what the stored dtype does to each tensor (see
     `Distortion.to_dict`). Raises DataError that names the file and the field.
     """
     if is_dataset(src):
@@ -105,7 +106,7 @@ class _PickledShard:
     def spec(self, dtype: StorageDType) -> DatasetSpec:
         dims = (self.eva.shape[2], self.clip.shape[2])
         encoders = ("eva-clip-8b", "clip-vit-l14") if dims == _PUBLISHED_DIMS else ("unknown", "unknown")
-        return DatasetSpec(self.eva.shape[1], self.token_layout, *dims, dtype, *encoders)
+        return DatasetSpec.pair(self.eva.shape[1], self.token_layout, *dims, dtype, *encoders)
 
 
 def _find_sources(src: Path, token_layout: TokenLayout | None) -> list[Path]:
@@ -144,7 +145,7 @@ def _write_shard(writer: DatasetWriter, shard: _PickledShard, seen: set[str], do
             if not torch.isfinite(values).all():
                 raise DataError(f"{shard.path}: field {field!r}: sample {key!r} (number {i}) holds NaN or infinity")
         try:
-            writer.write(key, shard.eva[i], shard.clip[i], meta)
+            writer.write(key, {"eva": shard.eva[i], "clip": shard.clip[i]}, meta)
         except DataError as error:
             raise DataError(f"{shard.path}: {error}") from error
 
@@ -158,7 +159,8 @@ def _check_nothing_else(dst: Path, finished: set[str], seen: set[str]) -> None:
 
 
 def _describe(spec: DatasetSpec) -> str:
-    return f"{spec.num_tokens} tokens ({spec.token_layout}), {_EVA} {spec.eva_dim} wide, {_CLIP} {spec.clip_dim} wide"
+    dims = [spec.tensors[name].dim for name in ("eva", "clip")]
+    return f"{spec.num_tokens} tokens ({spec.token_layout}), {_EVA} {dims[0]} wide, {_CLIP} {dims[1]} wide"
 
 
 def _read_shard(path: Path, token_layout: TokenLayout | None) -> _PickledShard:

@@ -19,21 +19,16 @@ import safetensors.torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blip3o_ds.data.format.codec import check_finite, check_scale, decode, parse_header, stored_tensors
+from blip3o_ds.data.format.codec import check_values, decode_all, parse_header, stored_tensors
 from blip3o_ds.data.format.index import MEMBERS, ShardIndex, index_path
-from blip3o_ds.data.format.moments import ChannelMoments
-from blip3o_ds.data.format.schema import ChannelStats, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import ChannelStats, Manifest, ShardInfo
+from blip3o_ds.data.format.moments import ChannelMoments, merge_moments, no_moments, sample_moments
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.tar import Member, TarWalk
 from blip3o_ds.data.reading.source import Source
 from blip3o_ds.errors import DataError
 
-SIDES = ("eva", "clip")
 _MAX_WORKERS = 8
-
-
-def no_moments(spec: DatasetSpec) -> dict[str, ChannelMoments]:
-    """Of each side, those of no tokens."""
-    return {"eva": ChannelMoments.empty(spec.eva_dim), "clip": ChannelMoments.empty(spec.clip_dim)}
 
 
 @dataclass
@@ -74,8 +69,7 @@ class ShardReport:
             sha256=self.sha256,
             members={name: arrays[name] for name in MEMBERS},
             tensors={tensor.name: arrays[tensor.name] for tensor in stored_tensors(self.spec)},
-            eva_moments=self.moments["eva"],
-            clip_moments=self.moments["clip"],
+            moments=self.moments,
         )
 
 
@@ -143,20 +137,11 @@ def read_sample(member: Member, spec: DatasetSpec, where: str) -> tuple[dict[str
         tensors = safetensors.torch.load(member.tensors)
     except safetensors.SafetensorError as error:
         raise DataError(f"{where}: its .safetensors is damaged ({error})") from error
-    for side in SIDES:
-        check_finite(tensors[side], side, where)
-        if (scale := tensors.get(f"{side}_scale")) is not None:
-            check_scale(scale, side, where)
+    check_values(tensors, where)
     try:
         return tensors, json.loads(member.meta)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: its .json is damaged ({error})") from error
-
-
-def sample_moments(tensors: dict[str, Tensor]) -> dict[str, ChannelMoments]:
-    """Of the values of each side as they are read, over a sample's tokens."""
-    decoded = {side: decode(tensors[side], tensors.get(f"{side}_scale")) for side in SIDES}
-    return {side: ChannelMoments.of(values.float().numpy()) for side, values in decoded.items()}
 
 
 def compare_stats(label: str, stored: ChannelStats, found: ChannelMoments) -> list[str]:
@@ -205,11 +190,10 @@ def _walk(walk: TarWalk, manifest: Manifest, report: ShardReport) -> None:
             report.bad[number] = str(error)
             relative = {}
         else:
-            of_sample = sample_moments(tensors)
-            report.moments = {side: report.moments[side].merge(of_sample[side]) for side in SIDES}
+            of_sample = sample_moments(decode_all(tensors))
+            report.moments = merge_moments(report.moments, of_sample)
             if chosen:
-                sums = report.selected_moments
-                report.selected_moments = {side: sums[side].merge(of_sample[side]) for side in SIDES}
+                report.selected_moments = merge_moments(report.selected_moments, of_sample)
         _note_offsets(report, member, relative)
 
 
@@ -238,9 +222,7 @@ def _compare_with_index(report: ShardReport, index: ShardIndex) -> list[str]:
             f"{report.path}: sample {report.keys[number]!r}: the index points elsewhere; `blip3o-ds data repair` "
             "rebuilds it"
         )
-    for side in SIDES:
-        stored: ChannelMoments = getattr(index, f"{side}_moments")
-        if report.moments[side].count == stored.count:
-            label = f"{path}: statistics of {side}"
-            problems += compare_stats(label, stored.to_stats(), report.moments[side])
+    for name, stored in index.moments.items():
+        if report.moments[name].count == stored.count:
+            problems += compare_stats(f"{path}: statistics of {name}", stored.to_stats(), report.moments[name])
     return problems

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from blip3o_ds.data.format.schema import Manifest, StorageDType, TokenLayout
+from blip3o_ds.data.format.manifest import Manifest
+from blip3o_ds.data.format.schema import StorageDType, TokenLayout
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import DataError
@@ -24,14 +24,14 @@ def recast(
 ) -> dict[str, Any]:
     """Write the samples of the dataset `src` (a folder or URL) to `dst` as `dtype`, or finish what was interrupted.
 
-    Returns counts, the specification, and under `cost` what the new dtype did to each side (see
+    Returns counts, the specification, and under `cost` what the new dtype did to each tensor (see
     `Distortion.to_dict`; samples found done are not measured again). Raises DataError that names the file.
     """
     dataset = EmbeddingDataset(src, token_layout=token_layout)
     if Path(dst).resolve() == Path(src).resolve():
         raise DataError(f"{dst}: source and destination are the same folder; give another destination")
-    spec = replace(dataset.spec, dtype=dtype)
-    extra = {**dataset.manifest.extra, "recast_from": dataset.manifest.spec.dtype}
+    spec = dataset.spec.stored_as(dtype)
+    extra = {**dataset.manifest.extra, "recast_from": dataset.manifest.spec.dtypes}
     with DatasetWriter.resume(dst, spec, samples_per_shard, extra) as writer:
         done = writer.done_keys()
         seen: set[str] = set()
@@ -40,8 +40,7 @@ def recast(
                 key = dataset.key(shard, index)
                 seen.add(key)
                 if key not in done:
-                    sample = dataset.read(shard, index)
-                    writer.write(key, sample.eva, sample.clip, dataset.meta(shard, index))
+                    writer.write(key, dataset.read(shard, index).tensors, dataset.meta(shard, index))
         if foreign := sorted(done - seen):
             raise DataError(
                 f"{dst}: holds {len(foreign)} samples that are not in {src}, such as {foreign[0]!r}; it belongs to "
@@ -49,7 +48,7 @@ def recast(
             )
     manifest = Manifest.load(dst)
     return {
-        "source_dtype": dataset.spec.dtype,
+        "source_dtype": dataset.spec.dtypes,
         "samples": manifest.num_samples,
         "samples_found_done": len(done),
         "shards": len(manifest.shards),

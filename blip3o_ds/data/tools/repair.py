@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blip3o_ds.data.format.index import ShardIndex, index_path
-from blip3o_ds.data.format.schema import Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import Manifest, ShardInfo
+from blip3o_ds.data.format.moments import merge_moments, no_moments, stats_of_moments
 from blip3o_ds.data.format.tar import Member, TarWalk
 from blip3o_ds.data.format.writer import ShardWriter, sole_writer
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.reading.source import Folder
 from blip3o_ds.data.tools.append import next_number
-from blip3o_ds.data.tools.examine import SIDES, ShardReport, compare_stats, examine_all, no_moments, read_sample
+from blip3o_ds.data.tools.examine import ShardReport, compare_stats, examine_all, read_sample
 from blip3o_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -141,13 +142,12 @@ def _carry_out(
             if not _is_right(plan.report, index):
                 index.save(index_path(plan.report.path))
                 result.indexes_rebuilt += 1
-        of_shard = {"eva": index.eva_moments, "clip": index.clip_moments}
-        totals = {side: totals[side].merge(of_shard[side]) for side in SIDES}
+        totals = merge_moments(totals, index.moments)
     shards = tuple(plan.info for plan in plans if not plan.empty)
-    stored = {"eva": manifest.eva_stats, "clip": manifest.clip_stats}
-    if shards == manifest.shards and not any(compare_stats(side, stored[side], totals[side]) for side in SIDES):
+    stats_differ = any(compare_stats(name, stats, totals[name]) for name, stats in manifest.stats.items())
+    if shards == manifest.shards and not stats_differ:
         return manifest
-    return replace(manifest, shards=shards, eva_stats=totals["eva"].to_stats(), clip_stats=totals["clip"].to_stats())
+    return replace(manifest, shards=shards, stats=stats_of_moments(totals))
 
 
 def _is_right(report: ShardReport, own: ShardIndex) -> bool:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from blip3o_ds.data.format.schema import MANIFEST_NAME, ChannelStats, DatasetSpec, Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, ChannelStats, Manifest, ShardInfo
+from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.order import GlobalOrder
 
@@ -69,8 +70,8 @@ def benchmark_order(
 
 
 def _manifest(num_shards: int, samples_per_shard: int) -> Manifest:
-    spec = DatasetSpec(256, "patch_only", 4096, 1024, "bf16", "eva-clip-8b", "clip-vit-l14")
-    sample_bytes = 2 * spec.num_tokens * (spec.eva_dim + spec.clip_dim) + 4096
+    spec = DatasetSpec.pair(256, "patch_only", 4096, 1024, "bf16", "eva-clip-8b", "clip-vit-l14")
+    sample_bytes = 2 * spec.num_tokens * sum(tensor.dim for tensor in spec.tensors.values()) + 4096
     shards = tuple(
         ShardInfo(
             f"shard_{i:05d}.tar",
@@ -81,8 +82,8 @@ def _manifest(num_shards: int, samples_per_shard: int) -> Manifest:
         for i in range(num_shards)
     )
     tokens = num_shards * samples_per_shard * spec.num_tokens
-    stats = [ChannelStats(np.zeros(dim), np.ones(dim), tokens) for dim in (spec.eva_dim, spec.clip_dim)]
-    return Manifest(spec, shards, *stats, extra={})
+    stats = {name: ChannelStats(np.zeros(t.dim), np.ones(t.dim), tokens) for name, t in spec.tensors.items()}
+    return Manifest(spec, shards, stats, extra={})
 
 
 def _walk(order: GlobalOrder, start: int, step: int) -> None:

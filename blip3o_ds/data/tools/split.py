@@ -13,15 +13,22 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from blip3o_ds.data.format.moments import ChannelMoments
-from blip3o_ds.data.format.schema import MANIFEST_NAME, Manifest
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest
+from blip3o_ds.data.format.moments import (
+    ChannelMoments,
+    merge_moments,
+    moments_of_stats,
+    no_moments,
+    sample_moments,
+    stats_of_moments,
+)
 from blip3o_ds.data.format.selection import Selection, SplitPart
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.errors import DataError
 
 _READ_THREADS = min(4, os.cpu_count() or 1)
-_Moments = dict[str, ChannelMoments]  # of each side
+_Moments = dict[str, ChannelMoments]  # by tensor
 
 
 def split(location: str | Path, dst: str | Path, fraction: float) -> dict[str, Any]:
@@ -67,36 +74,29 @@ def _check_free(folder: Path, selection: Selection) -> None:
 
 def _read_part(dataset: EmbeddingDataset, selection: Selection) -> tuple[list[int], _Moments]:
     """How many samples of each shard are selected, and the moments of all of them."""
-    moments = _empty(dataset.manifest)
+    moments = no_moments(dataset.spec)
     counts = []
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         shards = range(len(dataset.shard_sizes))
         found = pool.map(lambda shard: _read_shard(dataset, shard, selection), shards)
         for count, of_shard in tqdm(found, desc="split", unit="shard", total=len(shards), disable=None):
             counts.append(count)
-            moments = {side: moments[side].merge(of_shard[side]) for side in moments}
+            moments = merge_moments(moments, of_shard)
     return counts, moments
 
 
 def _read_shard(dataset: EmbeddingDataset, shard: int, selection: Selection) -> tuple[int, _Moments]:
-    moments = _empty(dataset.manifest)
+    moments = no_moments(dataset.spec)
     rows = selection.rows(dataset.keys(shard)).tolist()
     for row in rows:
-        sample = dataset.read(shard, row)
-        for side, values in (("eva", sample.eva), ("clip", sample.clip)):
-            moments[side] = moments[side].merge(ChannelMoments.of(values.float().numpy()))
+        moments = merge_moments(moments, sample_moments(dataset.read(shard, row).tensors))
     return len(rows), moments
-
-
-def _empty(manifest: Manifest) -> _Moments:
-    return {"eva": ChannelMoments.empty(manifest.spec.eva_dim), "clip": ChannelMoments.empty(manifest.spec.clip_dim)}
 
 
 def _manifests(
     whole: Manifest, selections: dict[SplitPart, Selection], smaller: SplitPart, counts: list[int], moments: _Moments
 ) -> dict[SplitPart, Manifest]:
-    total = {"eva": ChannelMoments.from_stats(whole.eva_stats), "clip": ChannelMoments.from_stats(whole.clip_stats)}
-    rest = {side: total[side].without(moments[side]) for side in total}
+    rest = {name: total.without(moments[name]) for name, total in moments_of_stats(whole.stats).items()}
     manifests: dict[SplitPart, Manifest] = {}
     for part, selection in selections.items():
         sizes = counts if part == smaller else [s.num_samples - c for s, c in zip(whole.shards, counts, strict=True)]
@@ -107,7 +107,5 @@ def _manifests(
             )
         shards = [replace(s, num_samples=n) for s, n in zip(whole.shards, sizes, strict=True) if n]
         own = moments if part == smaller else rest
-        manifests[part] = Manifest(
-            whole.spec, tuple(shards), own["eva"].to_stats(), own["clip"].to_stats(), whole.extra, selection
-        )
+        manifests[part] = Manifest(whole.spec, tuple(shards), stats_of_moments(own), whole.extra, selection)
     return manifests

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.format.schema import ChannelStats, Manifest
+from blip3o_ds.data.format.manifest import ChannelStats, Manifest
+from blip3o_ds.data.format.moments import merge_moments, no_moments
 from blip3o_ds.data.format.writer import shard_paths
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.reading.source import load_manifest, open_source, shards_location
-from blip3o_ds.data.tools.examine import SIDES, ShardReport, compare_stats, examine_all, no_moments
+from blip3o_ds.data.tools.examine import ShardReport, compare_stats, examine_all
 from blip3o_ds.errors import DataError
 
 _FIRST_KEYS = 10
@@ -62,19 +63,19 @@ def verify(dataset_dir: str | Path, workers: int | None = None) -> VerifyReport:
     moments = no_moments(manifest.spec)
     for shard in examine_all(source, manifest, workers):
         _add(report, shard, seen)
-        moments = {side: moments[side].merge(shard.selected_moments[side]) for side in SIDES}
+        moments = merge_moments(moments, shard.selected_moments)
     report.problems += _unlisted(dataset_dir, manifest)
     if report.ok:  # a missing or damaged sample would show here once more
-        for side, stats in (("eva", manifest.eva_stats), ("clip", manifest.clip_stats)):
-            report.problems += compare_stats(f"{dataset_dir}: manifest statistics of {side}", stats, moments[side])
+        for name, stats in manifest.stats.items():
+            report.problems += compare_stats(f"{dataset_dir}: manifest statistics of {name}", stats, moments[name])
     return report
 
 
 def stats(dataset_dir: str | Path) -> dict[str, Any]:
     """Counts, sizes and statistics of a dataset, from its manifest alone.
 
-    Per side: `mean` over channels, `std_min`, `std_median`, `std_max` over channels, and `rms_token_norm`, the root of
-    the mean squared L2 norm of a token.
+    Per tensor: `mean` over channels, `std_min`, `std_median`, `std_max` over channels, and `rms_token_norm`, the root
+    of the mean squared L2 norm of a token.
     """
     manifest = load_manifest(dataset_dir)
     spec = manifest.spec
@@ -84,8 +85,7 @@ def stats(dataset_dir: str | Path) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "bytes": sum(info.num_bytes for info in manifest.shards),
         **spec.to_dict(),
-        "eva": _summary(manifest.eva_stats),
-        "clip": _summary(manifest.clip_stats),
+        **{name: _summary(stats) for name, stats in manifest.stats.items()},
         **({"selection": asdict(manifest.selection)} if manifest.selection else {}),
         "extra": manifest.extra,
     }
@@ -108,8 +108,7 @@ def inspect(dataset_dir: str | Path, key: str | None = None) -> dict[str, Any]:
         "key": key,
         "shard": dataset.manifest.shards[shard].name,
         "index": index,
-        "eva": _describe(sample.eva),
-        "clip": _describe(sample.clip),
+        **{name: _describe(values) for name, values in sample.tensors.items()},
         "meta": dataset.meta(shard, index),
     }
 
@@ -136,14 +135,14 @@ def _unlisted(location: str | Path, manifest: Manifest) -> list[str]:
     ]
 
 
-def _summary(side: ChannelStats) -> dict[str, float]:
-    std = np.sqrt(side.var)
+def _summary(stats: ChannelStats) -> dict[str, float]:
+    std = np.sqrt(stats.var)
     return {
-        "mean": float(side.mean.mean()),
+        "mean": float(stats.mean.mean()),
         "std_min": float(std.min()),
         "std_median": float(np.median(std)),
         "std_max": float(std.max()),
-        "rms_token_norm": math.sqrt(float((side.var + np.square(side.mean)).sum())),
+        "rms_token_norm": math.sqrt(float((stats.var + np.square(stats.mean)).sum())),
     }
 
 

@@ -1,0 +1,177 @@
+"""The manifest of a dataset folder, `manifest.json`: the specification, the shards and every tensor's statistics.
+
+It is written last, so a folder with a manifest is complete and one without is not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip3o_ds.data.format.schema import MAKERS, DatasetSpec, read_field
+from blip3o_ds.data.format.selection import Selection
+from blip3o_ds.errors import DataError
+from blip3o_ds.files import atomic_write_json
+
+FORMAT_VERSIONS = (1, 2)  # that are read; `DatasetSpec.format_version` is the one that is written
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard in the manifest: file name, samples, bytes and the SHA-256 of the tar."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStats:
+    """Mean and variance of every channel over all tokens of all samples, of the values as stored."""
+
+    mean: np.ndarray  # [D] float64
+    var: np.ndarray  # [D] float64, divided by count
+    count: int  # tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The table of contents of a dataset folder.
+
+    With a `selection` the folder holds no shards of its own: `shards` are those of the dataset `selection.of` that
+    hold samples of the part, with the number of samples selected, and the statistics cover only those samples.
+    """
+
+    spec: DatasetSpec
+    shards: tuple[ShardInfo, ...]
+    stats: dict[str, ChannelStats]  # by tensor
+    extra: dict[str, Any]
+    selection: Selection | None = None
+
+    @cached_property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @staticmethod
+    def load(dataset_dir: str | Path) -> Manifest:
+        """Read and check `dataset_dir/manifest.json`; every error is a DataError that names file and field."""
+        path = Path(dataset_dir) / MANIFEST_NAME
+        return Manifest.parse(_read(path), path)
+
+    @staticmethod
+    def parse(text: bytes, path: Path | str) -> Manifest:
+        """Check the content of a manifest; `path` is the file or URL that errors name."""
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not JSON ({error}); write the dataset again with {MAKERS}") from error
+        version = read_field(content, "format_version", int, path)
+        if version not in FORMAT_VERSIONS:
+            raise DataError(
+                f"{path}: format_version is {version}, this release reads {' and '.join(map(str, FORMAT_VERSIONS))}; "
+                f"write the dataset again with {MAKERS}, or use the release that wrote it"
+            )
+        spec = DatasetSpec.from_dict(read_field(content, "spec", dict, path), path)
+        stats = read_field(content, "stats", dict, path)
+        manifest = Manifest(
+            spec=spec,
+            shards=tuple(_read_shard_info(entry, path) for entry in read_field(content, "shards", list, path)),
+            stats={name: _read_stats(stats, name, tensor.dim, path) for name, tensor in spec.tensors.items()},
+            extra=read_field(content, "extra", dict, path),
+            selection=_read_selection(content, path),
+        )
+        _check_counts(manifest, read_field(content, "num_samples", int, path), path)
+        return manifest
+
+    def save(self, dataset_dir: str | Path) -> None:
+        """Write `dataset_dir/manifest.json` in one step."""
+        content = {
+            "format_version": self.spec.format_version,
+            "spec": self.spec.to_dict(),
+            "num_samples": self.num_samples,
+            "extra": self.extra,
+            **({"selection": asdict(self.selection)} if self.selection else {}),
+            "shards": [vars(shard) for shard in self.shards],
+            "stats": {name: _stats_to_dict(stats) for name, stats in self.stats.items()},
+        }
+        atomic_write_json(Path(dataset_dir) / MANIFEST_NAME, content)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing: this is not a dataset folder, or writing it was interrupted; {MAKERS} make one"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_shard_info(entry: Any, path: Path | str) -> ShardInfo:
+    kinds = {"name": str, "num_samples": int, "num_bytes": int, "sha256": str}
+    info = ShardInfo(**{name: read_field(entry, name, kind, path, "shards[]") for name, kind in kinds.items()})
+    if not _is_file_name(info.name):
+        raise DataError(f"{path}: shards[].name must be a file name without a folder, found {info.name!r}")
+    return info
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and name not in ("", "..") and len(name) < 200
+
+
+def _read_selection(content: dict[str, Any], path: Path | str) -> Selection | None:
+    if "selection" not in content:
+        return None
+    entry = read_field(content, "selection", dict, path)
+    kinds = {"of": str, "fraction": float, "part": str}
+    values = {name: read_field(entry, name, kind, path, "selection") for name, kind in kinds.items()}
+    try:
+        return Selection(**values)
+    except DataError as error:
+        raise DataError(f"{path}: selection: {error}") from error
+
+
+def _read_stats(stats: dict[str, Any], name: str, dim: int, path: Path | str) -> ChannelStats:
+    content = read_field(stats, name, dict, path, "stats")
+    count = read_field(content, "count", int, path, f"stats.{name}")
+    mean, var = (_read_channels(content, field, f"stats.{name}", dim, path) for field in ("mean", "var"))
+    return ChannelStats(mean=mean, var=var, count=count)
+
+
+def _read_channels(content: dict[str, Any], field: str, parent: str, dim: int, path: Path | str) -> np.ndarray:
+    values = read_field(content, field, list, path, parent)
+    try:
+        channels = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: field {parent}.{field} must be a list of numbers ({error})") from error
+    if channels.shape != (dim,):
+        raise DataError(f"{path}: {parent}.{field} holds {channels.size} channels, the spec says {dim}")
+    if not np.isfinite(channels).all() or (field == "var" and (channels < 0).any()):
+        raise DataError(f"{path}: {parent}.{field} holds values that are not finite, or negative variances")
+    return channels
+
+
+def _check_counts(manifest: Manifest, num_samples: int, path: Path | str) -> None:
+    if manifest.num_samples != num_samples:
+        raise DataError(
+            f"{path}: num_samples is {num_samples}, but the shards' num_samples add up to {manifest.num_samples}"
+        )
+    for name, stats in manifest.stats.items():
+        num_tokens = manifest.spec.num_tokens_of(name)
+        if stats.count != num_samples * num_tokens:
+            raise DataError(
+                f"{path}: stats.{name}.count is {stats.count} tokens, but {num_samples} samples of {num_tokens} tokens "
+                f"make {num_samples * num_tokens}"
+            )
+
+
+def _stats_to_dict(stats: ChannelStats) -> dict[str, Any]:
+    return {"count": stats.count, "mean": stats.mean.tolist(), "var": stats.var.tolist()}
