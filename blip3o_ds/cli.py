@@ -97,7 +97,7 @@ def run_train(args: argparse.Namespace) -> dict:
     flags = {setting: getattr(args, flag) for flag, setting in TRAIN_FLAGS.items()}
     flags["train.debug_mode"] = args.debug_mode or None
     config = load_run_config(args.model_size, args.config, args.set, flags)
-    from blip3o_ds.training.trainer import train
+    from blip3o_ds.training.loop import train
 
     return train(config, args.resume)
 
@@ -134,10 +134,10 @@ def _load(args: argparse.Namespace) -> tuple[Any, EvalConfig, str]:
     """The model, the settings of its evaluation with the command's flags in place, and the device."""
     import torch
 
-    from blip3o_ds.evaluation.runs import load_for_inference
+    from blip3o_ds.runs.pretrained import load_pretrained
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_for_inference(args.model, device)
+    loaded = load_pretrained(args.model, device)
     flags = {name: getattr(args, name) for name in ("steps", "solver", "guidance_scale", "seed", "batch_size")}
     given = {name: value for name, value in flags.items() if value is not None}
     settings = loaded.config.eval.model_dump()
@@ -199,7 +199,7 @@ def run_generate(args: argparse.Namespace) -> dict:
 
 
 def run_export(args: argparse.Namespace) -> dict:
-    from blip3o_ds.evaluation.runs import export
+    from blip3o_ds.runs.pretrained import export
 
     export(args.run_dir, args.dst, step=args.step)
     print(f"exported to {args.dst}")

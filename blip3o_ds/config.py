@@ -177,7 +177,11 @@ class TrainConfig(Section):
         may_change=True,
         ge=1,
     )
+    optimizer: str = setting("adamw", "name of the optimizer: adamw", aliases=("optim",))
     learning_rate: float = setting(5e-4, "peak of the learning rate", flag="--learning_rate X", aliases=("lr",), gt=0)
+    schedule: str = setting(
+        "cosine", "course of the learning rate after the warm-up: cosine", aliases=("lr_schedule", "scheduler")
+    )
     min_lr_ratio: float = setting(
         0.1, "the learning rate ends at this share of its peak", aliases=("min_lr",), ge=0, le=1
     )
@@ -235,6 +239,10 @@ class TrainConfig(Section):
     keep_every: int | None = setting(
         None, "checkpoints of steps that this number divides are never deleted", may_change=True, ge=1
     )
+
+    def global_batch(self, world_size: int) -> int:
+        """Samples of one step, over all ranks."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * world_size
 
 
 class EvalConfig(Section):

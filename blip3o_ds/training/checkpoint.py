@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.runs import Checkpoint, seal_checkpoint
 from blip3o_ds.files import atomic_write_bytes, fsync_dir
+from blip3o_ds.runs.checkpoint import Checkpoint, find_checkpoint, seal_checkpoint
 from blip3o_ds.training.elastic import load_elastic
 from blip3o_ds.training.ema import each_weight
 from blip3o_ds.training.engine import Engine
+from blip3o_ds.training.state import restore_rng_state, rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,6 @@ class CheckpointWriter:
         keep_last: int,
         keep_every: int | None = None,
     ) -> None:
-        from blip3o_ds.training.snapshot import SnapshotEngine  # imports deepspeed
-
         self.last: Checkpoint | None = None  # the newest that is complete
         self._engine = engine
         self._folder = folder
@@ -60,10 +59,8 @@ class CheckpointWriter:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._group = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT)  # the thread's own
-        self._snapshots = SnapshotEngine()
         self._thread: threading.Thread | None = None
         self._outcome: Checkpoint | str | None = None  # of the thread: what it wrote, or why not
-        engine.deepspeed.checkpoint_engine = self._snapshots
 
     def save(self, step: int, state: dict[str, Any], pinned_step: int | None = None) -> None:
         """Take the state of `step` and begin to write it to `folder/step_XXXXXXXX`; waits for the save before it.
@@ -110,14 +107,14 @@ class CheckpointWriter:
     def _snapshot(self, folder: Path) -> Writers:
         """Copies of all that this rank has to write."""
         rank = dist.get_rank()
-        self._engine.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        writers: Writers = {f"rng_rank_{rank:05d}.pt": _torch_saver(_rng_state())}
+        contents = self._engine.snapshot(folder)
+        writers: Writers = {f"rng_rank_{rank:05d}.pt": _torch_saver(rng_state())}
         for kind in ("model", *(["ema"] if self._with_ema else [])):
             ema = kind == "ema" and self._engine.has_stepped  # before the first step the average is the weights
             weights = self._gather(ema)
             if rank == 0:
                 writers[f"{kind}.safetensors"] = _safetensors_saver(weights)
-        for path, content in self._snapshots.take().items():
+        for path, content in contents.items():
             writers[path.name] = _torch_saver(content)
         return writers
 
@@ -158,6 +155,13 @@ class CheckpointWriter:
             atomic_write_bytes(self._folder / "best", f"step_{pinned_step:08d}".encode())
 
 
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder` whose files are whole, the same on every rank; every rank must call it."""
+    found: list[Any] = [find_checkpoint(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     """Restore the engine (weights, moments, EMA, schedule) and this rank's RNG state; every rank must call it.
 
@@ -167,13 +171,11 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
         CheckpointError: DeepSpeed cannot load or convert it.
     """
     if (checkpoint.world_size, checkpoint.zero_stage) == (dist.get_world_size(), engine.zero_stage):
-        loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-        if loaded is None:
-            raise CheckpointError(f"{checkpoint.path}: DeepSpeed could not load it")
+        engine.load(checkpoint.path)
     else:
         load_elastic(engine, checkpoint)
     writer = dist.get_rank() % checkpoint.world_size
-    _restore_rng_state(torch.load(checkpoint.path / f"rng_rank_{writer:05d}.pt", weights_only=True))
+    restore_rng_state(torch.load(checkpoint.path / f"rng_rank_{writer:05d}.pt", weights_only=True))
 
 
 def _write_files(folder: Path, writers: Writers) -> dict[str, Any] | str:
@@ -214,16 +216,3 @@ def _torch_saver(content: Any) -> Callable[[BinaryIO], Any]:
 
 def _safetensors_saver(weights: dict[str, Tensor]) -> Callable[[BinaryIO], Any]:
     return lambda file: file.write(safetensors.torch.save(weights))
-
-
-def _rng_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_rng_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

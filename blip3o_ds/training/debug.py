@@ -31,10 +31,8 @@ class DebugProbe:
         self._bins[0].index_add_(0, index, mse[finite])
         self._bins[1].index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
 
-    def before_step(self) -> None:
-        """Read the gradients, once the last micro-batch of a step is in."""
-        if not self._engine.deepspeed.is_gradient_accumulation_boundary():
-            return
+    def read_gradients(self) -> None:
+        """Between the last backward pass of a step and its update."""
         from deepspeed.utils import safe_get_full_grad
 
         squares: dict[str, float] = {}

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.runs import Checkpoint
+from blip3o_ds.runs.checkpoint import Checkpoint
 from blip3o_ds.training.ema import STATE_KEY, link_states
 from blip3o_ds.training.engine import Engine
 
@@ -66,19 +66,14 @@ def load_elastic(engine: Engine, checkpoint: Checkpoint) -> None:
 def _load_counters(engine: Engine, folder: Path) -> dict[str, Any]:
     """What DeepSpeed keeps beside the weights: schedule, step counts and, at stage 0, torch's optimizer state."""
     file = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
-    return engine.deepspeed.checkpoint_engine.load(str(file), map_location="cpu")
+    return engine.read(file)
 
 
 def _set_counters(engine: Engine, counters: dict[str, Any], folder: Path) -> None:
-    deepspeed = engine.deepspeed
-    deepspeed.lr_scheduler.load_state_dict(counters["lr_scheduler"])
-    for group, rate in zip(_base_optimizer(engine).param_groups, deepspeed.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
-    for name in ("global_steps", "global_samples", "skipped_steps"):
-        setattr(deepspeed, name, counters[name])
+    engine.restore_counters(counters)
     shards = sorted(folder.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
     if shards and hasattr(engine.optimizer, "loss_scaler"):
-        state = deepspeed.checkpoint_engine.load(str(shards[0]), map_location="cpu")["optimizer_state_dict"]
+        state = engine.read(shards[0])["optimizer_state_dict"]
         engine.optimizer.loss_scaler = state.get("loss_scaler", engine.optimizer.loss_scaler)
 
 
@@ -148,14 +143,9 @@ def _set_states(engine: Engine, folder: Path, moment: Moment, applied_steps: int
     _cast_from_masters(engine.optimizer)
 
 
-def _base_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """Torch's optimizer, inside of ZeRO's."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
 def _create_states(engine: Engine, keys: list[str], applied_steps: int) -> None:
     """Room for the states, as the first step would make it, on the fp32 tensors that this rank steps."""
-    base = _base_optimizer(engine)
+    base = engine.base_optimizer
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 takes them out of the groups
     stepped = flat or [tensor for group in base.param_groups for tensor in group["params"]]
     for tensor in stepped:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.reading.loader import Batch, EmbeddingLoader
 from blip3o_ds.planning.flops import device_peak_flops, train_flops_per_sample
+from blip3o_ds.training.debug import DebugProbe
 from blip3o_ds.training.engine import StepReport
 from blip3o_kernels import FlowLoss
 
@@ -23,18 +25,24 @@ AVERAGED = ("loss", "velocity_similarity", "prediction_norm", "target_norm", "cl
 class StepMeter:
     """Averages the metrics of the steps since the last `reduce`."""
 
-    def __init__(self, config: RunConfig, loader: EmbeddingLoader, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, loader: EmbeddingLoader, device: torch.device, probe: DebugProbe | None = None
+    ) -> None:
         self._loader = loader
         self._device = device
+        self._probe = probe
         self._num_tokens = config.model.num_tokens
-        self._flops_per_sample = train_flops_per_sample(config.model, config.train.activation_checkpointing)
-        self._peak = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._flops_per_sample = {  # MFU counts what the model needs, HFU what the hardware computes
+            "mfu": train_flops_per_sample(config.model),
+            "hfu": train_flops_per_sample(config.model, config.train.activation_checkpointing),
+        }
+        self.peak_flops = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.last: dict[str, Any] | None = None
         self.reset()
         self._mark = time.monotonic()
-        self._own_start = self._moment()
+        self._own_start: Any = self._moment()
 
-    def add(self, result: FlowLoss, batch: Batch) -> None:
+    def add(self, batch: Batch, result: FlowLoss, t: Tensor) -> None:
         """Count one micro-batch, decoded, on the device, between its forward and its backward pass."""
         if self._own_start is not None:
             self._own_spans.append((self._own_start, self._moment()))
@@ -45,8 +53,15 @@ class StepMeter:
             self._pending += torch.stack(values).double()
         self._pending_batches += 1
         self._samples += len(batch.positions)
+        if self._probe:
+            self._probe.add(result, t)
 
-    def finish_step(self, report: StepReport, learning_rate: float) -> None:
+    def before_update(self) -> None:
+        """Look at the gradients, in debug mode, after the last backward pass of a step."""
+        if self._probe:
+            self._probe.read_gradients()
+
+    def finish_step(self, report: StepReport) -> None:
         """Close a step; the metrics of one that was skipped are left out, for they are not finite."""
         now = time.monotonic()
         self._seconds += now - self._mark
@@ -55,7 +70,7 @@ class StepMeter:
             self._sums += self._pending
             self._batches += self._pending_batches
             self._grad_norms.append(report.grad_norm)
-            self._learning_rate = learning_rate
+            self._learning_rate = report.learning_rate
         self._pending.zero_()
         self._pending_batches = 0
         self._own_start = self._moment()
@@ -87,8 +102,10 @@ class StepMeter:
         metrics |= self._spread()
         if bad_samples := int(totals[-1]):
             metrics["bad_samples"] = bad_samples  # reads of all ranks since the start that were given another sample
-        if self._peak:
-            metrics["mfu"] = rate * self._flops_per_sample / (self._peak * world_size)
+        if self.peak_flops:
+            for name, flops in self._flops_per_sample.items():
+                metrics[name] = rate * flops / (self.peak_flops * world_size)
+        metrics |= self._probe.reduce() if self._probe else {}
         self.last = metrics
         self.reset()
         return metrics

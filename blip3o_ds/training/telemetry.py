@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from blip3o_ds.files import atomic_write_bytes
+from blip3o_ds.runs.folder import METRICS, TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,10 @@ class MetricsWriter:
     def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = self._run_dir / "metrics.jsonl"
+        path = self._run_dir / METRICS
         drop_lines_after(path, step)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (close() closes it)
-        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(self._run_dir / TENSORBOARD), purge_step=step + 1 if step else None)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of training metrics, averaged since the line before."""

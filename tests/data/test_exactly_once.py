@@ -21,7 +21,7 @@ from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
-from blip3o_ds.training.trainer import count_steps
+from blip3o_ds.training.setup import count_steps
 
 WORLD_SIZES = (1, 2, 3, 8)
 SPEC = DatasetSpec.pair(1, "patch_only", 2, 1, "fp32", "made-up-eva", "made-up-clip")

@@ -16,9 +16,10 @@ from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.baselines import fit_baselines
-from blip3o_ds.evaluation.runs import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, SEAL, Checkpoint, seal_checkpoint
 from blip3o_ds.files import atomic_write_json, sha256_file
 from blip3o_ds.model.dit import DiT
+from blip3o_ds.runs.checkpoint import SEAL, Checkpoint, seal_checkpoint
+from blip3o_ds.runs.folder import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG
 
 EVA, CLIP, TOKENS = 6, 4, 9
 MODEL = {"eva_dim": EVA, "clip_dim": CLIP, "grid_size": 3, "hidden_size": 16, "num_layers": 1, "num_heads": 2,

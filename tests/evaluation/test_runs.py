@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from blip3o_ds.config import build_run_config
 from blip3o_ds.errors import CheckpointError, DataError
-from blip3o_ds.evaluation.runs import RUN_CONFIG, SEAL, export, find_checkpoint, load_for_inference
 from blip3o_ds.model.dit import DiT
+from blip3o_ds.runs.checkpoint import SEAL, find_checkpoint
+from blip3o_ds.runs.folder import RUN_CONFIG
+from blip3o_ds.runs.pretrained import export, load_pretrained
 from tests.evaluation.conftest import CLIP, EVA, MODEL, TOKENS, linear_pairs, seal
 
 
@@ -95,7 +97,7 @@ def test_only_the_files_that_will_be_read_need_be_whole(tmp_path):
 
 
 def test_a_run_is_loaded_with_its_newest_moving_average(run_dir, config):
-    loaded = load_for_inference(run_dir, "cpu")
+    loaded = load_pretrained(run_dir, "cpu")
 
     assert same_weights(loaded.model, run_dir / "checkpoints/step_00000010/ema.safetensors")
     assert (loaded.step, loaded.weights, loaded.config) == (10, "ema", config)
@@ -107,7 +109,7 @@ def test_a_run_without_moving_average_gives_its_last_weights(run_dir, config):
     settings = {**config.model_dump(mode="json"), "train": {"ema_decay": 0}}
     rewrite(run_dir / RUN_CONFIG, config=settings)
 
-    loaded = load_for_inference(run_dir, "cpu")
+    loaded = load_pretrained(run_dir, "cpu")
 
     assert loaded.weights == "model"
     assert same_weights(loaded.model, run_dir / "checkpoints/step_00000010/model.safetensors")
@@ -119,13 +121,13 @@ def test_an_export_is_the_checkpoint_it_was_made_from(run_dir, tmp_path, config,
 
     folder = tmp_path / "exports" / "mine"
     checkpoint = run_dir / f"checkpoints/step_{step or 10:08d}"
-    loaded = load_for_inference(folder, "cpu")
+    loaded = load_pretrained(folder, "cpu")
     assert (loaded.step, loaded.weights) == (step or 10, "ema")
     for model in (loaded.model, DiT.from_pretrained(folder)):
         assert same_weights(model, checkpoint / "ema.safetensors")
     assert (loaded.config.model, loaded.config.flow, loaded.config.eval) == (config.model, config.flow, config.eval)
     assert (loaded.config.train.precision, loaded.normalizer.mode) == ("bf16", "minimal")
-    assert torch.equal(loaded.baselines.ridge_weight, load_for_inference(run_dir, "cpu").baselines.ridge_weight)
+    assert torch.equal(loaded.baselines.ridge_weight, load_pretrained(run_dir, "cpu").baselines.ridge_weight)
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]
 
 
@@ -139,7 +141,7 @@ def test_an_export_carries_what_standardisation_needs(run_dir, tmp_path, config)
 
     export(run_dir, tmp_path / "export")
 
-    assert load_for_inference(tmp_path / "export", "cpu").normalizer.state_dict() == state
+    assert load_pretrained(tmp_path / "export", "cpu").normalizer.state_dict() == state
 
 
 def test_an_export_over_something_else_is_refused(run_dir, tmp_path):
@@ -165,7 +167,7 @@ def test_an_export_of_an_incomplete_run_names_what_is_missing_and_leaves_nothing
 
 def test_a_folder_that_is_neither_run_nor_export_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither a run"):
-        load_for_inference(tmp_path, "cpu")
+        load_pretrained(tmp_path, "cpu")
     with pytest.raises(CheckpointError, match="is not a run folder"):
         export(tmp_path, tmp_path / "dst")
 
@@ -176,7 +178,7 @@ def test_damaged_weights_are_passed_over_for_the_checkpoint_before(run_dir, capl
     content[-1] ^= 1
     weights.write_bytes(content)
 
-    assert load_for_inference(run_dir, "cpu").step == 5
+    assert load_pretrained(run_dir, "cpu").step == 5
     assert "step_00000010 is damaged" in caplog.text
 
 
@@ -185,7 +187,7 @@ def test_weights_of_another_model_are_refused(run_dir, config):
     save_file(DiT(build_run_config({"model": {**MODEL, "ffn_dim": 25}}).model).state_dict(), folder / "ema.safetensors")
     seal(folder, 10)
     with pytest.raises(CheckpointError, match=r"another model than experiment_config\.json says: .*size mismatch"):
-        load_for_inference(run_dir, "cpu")
+        load_pretrained(run_dir, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -196,17 +198,17 @@ def test_weights_of_another_model_are_refused(run_dir, config):
 def test_settings_that_cannot_be_read_name_the_file(run_dir, content, message):
     (run_dir / RUN_CONFIG).write_text(content)
     with pytest.raises(CheckpointError, match=rf"experiment_config\.json.*{message}"):
-        load_for_inference(run_dir, "cpu")
+        load_pretrained(run_dir, "cpu")
 
 
 def test_a_bare_model_folder_is_no_export(run_dir, tmp_path):
-    load_for_inference(run_dir, "cpu").model.save_pretrained(tmp_path / "bare")
+    load_pretrained(run_dir, "cpu").model.save_pretrained(tmp_path / "bare")
     with pytest.raises(CheckpointError, match="eval, flow, normalization, precision, step, weights missing"):
-        load_for_inference(tmp_path / "bare", "cpu")
+        load_pretrained(tmp_path / "bare", "cpu")
 
 
 def test_a_dataset_of_other_dims_is_refused(run_dir, make_dataset):
-    loaded = load_for_inference(run_dir, "cpu")
+    loaded = load_pretrained(run_dir, "cpu")
     right, _, _ = linear_pairs(2, 0.1)
     dataset = make_dataset(right, torch.zeros(2, TOKENS, CLIP + 1), "wide")
     with pytest.raises(DataError, match="clip_dim is 5, but the model was trained with 4"):

@@ -19,7 +19,7 @@ from tests.conftest import PROJECT, SMALL, Run, free_port, train_command
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
     """This process as the only rank; the variables that say so are gone again for processes that tests start."""
-    from blip3o_ds.training.engine import init_distributed
+    from blip3o_ds.training.launch import init_distributed
 
     before = dict(os.environ)
     init_distributed(timeout_seconds=60)
@@ -50,7 +50,7 @@ class Trainee:
         clip, eva = (torch.randn(4, 16, dim, generator=generator).to(self.engine.dtype) for dim in (8, 12))
         loss = (self.engine(clip, torch.rand(4, generator=generator), eva).float() - 1).square().mean()
         self.engine.backward(loss)
-        self.engine.step()
+        self.engine.finish_step()
         return loss.item()
 
     def weights(self, ema: bool = False) -> dict[str, torch.Tensor]:

@@ -21,9 +21,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 
 import blip3o_ds.training.snapshot  # noqa: F401
-from blip3o_ds.evaluation.runs import find_checkpoint
+from blip3o_ds.runs.checkpoint import find_checkpoint
 from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint
-from blip3o_ds.training.engine import init_distributed
+from blip3o_ds.training.launch import init_distributed
 from tests.training.conftest import Trainee
 
 
@@ -46,7 +46,7 @@ def save_forever(folder: Path, report: int) -> None:
         load_checkpoint(trainee.engine, newest)
         step = newest.step
         assert fingerprint(trainee) == newest.state["fingerprint"], f"{newest.path} is not what was saved"
-        assert trainee.engine.deepspeed.global_steps == step
+        assert trainee.engine.global_steps == step
     os.write(report, b"ready\n")
     while True:
         step += 1

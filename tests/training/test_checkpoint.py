@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.runs import SEAL, find_checkpoint
+from blip3o_ds.runs.checkpoint import SEAL, find_checkpoint
 from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint
 from tests.conftest import PROJECT
 

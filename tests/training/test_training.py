@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.evaluation.subset import read_batches
-from blip3o_ds.training import trainer
-from blip3o_ds.training.trainer import overfit_verdict
+from blip3o_ds.training import evaluation
+from blip3o_ds.training.evaluation import overfit_verdict
 from tests.conftest import PROJECT, train_command, write_embeddings
 from tests.training.conftest import small_config
 
@@ -244,9 +244,11 @@ def test_resuming_on_data_of_another_size_is_refused_with_both_lengths(tmp_path,
 def test_an_evaluation_before_any_step_was_applied_takes_the_weights_as_they_are(trainee, monkeypatch, stage):
     config, learner = small_config(stage), trainee(stage)
     seen = []
-    monkeypatch.setattr(trainer, "evaluate", lambda model, *_, **__: seen.append(model.state_dict()))
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, *_, **__: seen.append(model.state_dict()))
 
-    trainer.evaluate_now(config, learner.engine, None, None, None, {"train": None}, None)
+    parts = dict.fromkeys(("flow", "normalizer", "baselines"))
+    run = SimpleNamespace(config=config, engine=learner.engine, splits={"train": None}, **parts)
+    evaluation.evaluate_splits(run, None)
 
     expected = learner.weights()
     assert all(torch.equal(weight.float(), expected[name].to(weight.dtype).float()) for name, weight in seen[0].items())

@@ -12,11 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-BAD_BATCHES = "bad_batches.jsonl"
 
-
-def record_bad_batch(run_dir: Path, step: int, keys: Sequence[str], losses: Sequence[Tensor]) -> None:
-    """Append a step that was skipped to `bad_batches.jsonl`.
+def record_bad_batch(path: Path, step: int, keys: Sequence[str], losses: Sequence[Tensor]) -> None:
+    """Append a step that was skipped to the file `path`, as a line of JSON.
 
     Every rank must call it, with its samples' keys and its micro-batches' losses `[B]`. A line holds `step`, `keys`
     (all samples of the step, over all ranks) and `not_finite` (those whose own loss is not; empty where only the
@@ -29,7 +27,7 @@ def record_bad_batch(run_dir: Path, step: int, keys: Sequence[str], losses: Sequ
     if dist.get_rank() == 0:
         not_finite = [key for key, is_finite in samples if not is_finite]
         line = {"step": step, "keys": [key for key, _ in samples], "not_finite": not_finite}
-        with open(run_dir / BAD_BATCHES, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -41,13 +39,14 @@ class SpikeDetector:
     """
 
     def __init__(self, window: int = 64, threshold: float = 6.0) -> None:
+        self._window = window
         self._losses: deque[float] = deque(maxlen=window)
         self._threshold = threshold
 
     def score(self, loss: float) -> float:
         """The robust z-score of `loss`, which from then on counts among the ones before."""
         score = 0.0
-        if len(self._losses) >= self._losses.maxlen // 2:
+        if len(self._losses) >= self._window // 2:
             median = statistics.median(self._losses)
             deviation = statistics.median(abs(value - median) for value in self._losses)
             score = (loss - median) / max(1.4826 * deviation, 1e-3 * abs(median), 1e-12)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.training.run_folder import prepare_run_dir
+from blip3o_ds.training.resume import prepare_run_dir
 from tests.training.conftest import small_config
 
 

@@ -11,7 +11,7 @@ import torch
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.order import GlobalOrder
-from blip3o_ds.training.faults import SpikeDetector
+from blip3o_ds.training.anomalies import SpikeDetector
 from tests.conftest import PROJECT, write_embeddings
 
 SHARD, INDEX = GlobalOrder([8] * 5, seed=0).locate(21)  # the sixth batch of four

@@ -1,0 +1,1 @@
+"""Run folders: training writes them, evaluation reads them."""

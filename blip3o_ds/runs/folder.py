@@ -1,0 +1,78 @@
+"""The folder of a run: the names of its files, starting a new one, finding an old one, reading its settings.
+
+Training writes these files and evaluation reads them; neither spells a name for itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from blip3o_ds.config import RunConfig, build_run_config
+from blip3o_ds.errors import CheckpointError, ConfigError
+from blip3o_ds.files import atomic_write_json
+
+RUN_CONFIG = "experiment_config.json"  # the settings, and the machine that the run began on
+CHECKPOINTS = "checkpoints"
+NORMALIZER = "normalizer.json"
+BASELINES = "baselines.safetensors"
+LOG = "clip_reproduction_training.log"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+BAD_SAMPLES = "bad_samples.jsonl"
+BAD_BATCHES = "bad_batches.jsonl"
+TRAINING_SUMMARY = "training_summary.json"
+FINAL_SUMMARY = "final_summary.json"
+
+
+def create_run(output_dir: Path, config: RunConfig, environment: dict[str, Any]) -> Path:
+    """Make `output_dir/clip_repro_YYYYMMDD_HHMMSS`, with the settings and `environment` in `experiment_config.json`."""
+    folder = output_dir / datetime.datetime.now().strftime("clip_repro_%Y%m%d_%H%M%S")
+    folder.mkdir(parents=True)
+    atomic_write_json(folder / RUN_CONFIG, {"config": config.model_dump(mode="json"), **environment})
+    return folder
+
+
+def newest_run(output_dir: Path) -> Path:
+    """The run in `output_dir` that was started last."""
+    runs = sorted(path for path in output_dir.glob("clip_repro_*") if (path / RUN_CONFIG).is_file())
+    if not runs:
+        raise CheckpointError(f"{output_dir}: there is no run to resume; leave --resume out to start one")
+    return runs[-1]
+
+
+def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The settings with which a run began, and the whole content of the file that holds them.
+
+    Raises:
+        CheckpointError: `folder` is not a run, or its settings cannot be read.
+    """
+    path = folder / RUN_CONFIG
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a run folder: {RUN_CONFIG} is missing") from None
+    return parse_run_config(path, content.get("config")), content
+
+
+def parse_run_config(path: Path, settings: Any) -> RunConfig:
+    """Validate the settings that the file `path` holds; a `CheckpointError` names it."""
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: expected the run's settings under `config`, found {settings!r}")
+    try:
+        return build_run_config(settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its settings are not valid here: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; a `CheckpointError` if it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

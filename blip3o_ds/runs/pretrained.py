@@ -1,0 +1,144 @@
+"""Loading a trained model with all that generation needs, from a run folder or from an export.
+
+A run keeps many checkpoints and every setting; an export is one set of weights that needs neither DeepSpeed nor the
+run.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from blip3o_ds.config import RunConfig
+from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.errors import CheckpointError, DataError
+from blip3o_ds.evaluation.baselines import Baselines
+from blip3o_ds.files import atomic_folder
+from blip3o_ds.flow.build import build_flow
+from blip3o_ds.flow.flow import Flow
+from blip3o_ds.model.dit import CONFIG_NAME, DiT, read_pretrained_config
+from blip3o_ds.runs.checkpoint import find_checkpoint
+from blip3o_ds.runs.folder import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, parse_run_config, read_run_config
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model ready to generate, with what belongs to it."""
+
+    model: DiT
+    flow: Flow
+    normalizer: Normalizer
+    baselines: Baselines
+    config: RunConfig  # of an export: only its sections model, flow and eval, the normalisation and the precision
+    step: int
+    weights: str  # ema, or model where the run kept no moving average
+
+    def open_dataset(self, folder: str | Path) -> EmbeddingDataset:
+        """The dataset in `folder` (or behind a URL), with the tokens that the model takes.
+
+        Raises:
+            DataError: it is not a dataset, or its dims are not the model's.
+        """
+        model, data = self.config.model, self.config.data
+        dataset = EmbeddingDataset(
+            folder, token_layout=model.token_layout, cache_dir=data.cache_dir, cache_gb=data.cache_gb
+        )
+        for name, found in dataset.spec.model_dims().items():
+            expected = getattr(model, name)
+            if found != expected:
+                raise DataError(f"{folder}: {name} is {found}, but the model was trained with {expected}")
+        return dataset
+
+
+def load_pretrained(path: str | Path, device: torch.device | str = "cpu") -> Pretrained:
+    """Load a run folder's newest checkpoint or an export, in the run's precision on a GPU and in fp32 on the CPU.
+
+    Raises:
+        CheckpointError: the folder is neither, or a file is missing or damaged.
+    """
+    path, device = Path(path), torch.device(device)
+    if (path / RUN_CONFIG).is_file():
+        loaded = _load_run(path)
+    elif (path / CONFIG_NAME).is_file():
+        loaded = _load_export(path)
+    else:
+        raise CheckpointError(
+            f"{path}: neither a run ({RUN_CONFIG}) nor an export ({CONFIG_NAME}) is there; give a folder "
+            "clip_repro_YYYYMMDD_HHMMSS, or one that `blip3o-ds export` wrote"
+        )
+    dtype = torch.float32 if device.type == "cpu" else _DTYPES[loaded.config.train.precision]
+    loaded.model.to(device, dtype).eval().requires_grad_(False)
+    logger.info("loaded %s: step %d, %s weights, %s on %s", path, loaded.step, loaded.weights, dtype, device)
+    return loaded
+
+
+def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
+    """Write the folder `dst` that `load_pretrained` and `DiT.from_pretrained` read, from a run's checkpoint.
+
+    The checkpoint is that of `step`, or the newest; the weights are the moving average where the run kept one. The
+    folder appears whole or not at all.
+
+    Raises:
+        CheckpointError: the run has no such checkpoint.
+        FileExistsError: `dst` already holds something.
+    """
+    run = Path(run)
+    if not (run / RUN_CONFIG).is_file():
+        raise CheckpointError(f"{run} is not a run folder: {RUN_CONFIG} is missing")
+    with atomic_folder(dst) as folder:
+        loaded = _load_run(run, step)
+        settings = {
+            "flow": loaded.config.flow.model_dump(mode="json"),
+            "normalization": loaded.config.data.normalization,
+            "eval": loaded.config.eval.model_dump(mode="json"),
+            "precision": loaded.config.train.precision,
+            "step": loaded.step,
+            "weights": loaded.weights,
+        }
+        loaded.model.save_pretrained(folder, extra=settings)
+        loaded.normalizer.save(folder / NORMALIZER)
+        loaded.baselines.save(folder / BASELINES)
+
+
+def _load_run(run: Path, step: int | None = None) -> Pretrained:
+    config, _ = read_run_config(run)
+    weights = "ema" if config.train.ema_decay > 0 else "model"
+    name = f"{weights}.safetensors"
+    checkpoint = find_checkpoint(run / CHECKPOINTS, step, [name])
+    if checkpoint is None:
+        raise CheckpointError(f"{run / CHECKPOINTS}: there is no whole checkpoint; a run writes its last at its end")
+    model = DiT(config.model)
+    try:
+        model.load_state_dict(load_file(checkpoint.path / name))
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.path / name} holds the weights of another model than {RUN_CONFIG} says: {problem}"
+        ) from None
+    return _assemble(run, model, config, checkpoint.step, weights)
+
+
+def _load_export(folder: Path) -> Pretrained:
+    settings = read_pretrained_config(folder)
+    absent = {"model", "flow", "eval", "normalization", "precision", "step", "weights"} - settings.keys()
+    if absent:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {', '.join(sorted(absent))} missing; export the model again")
+    sections = {name: settings[name] for name in ("model", "flow", "eval")}
+    sections["data"] = {"normalization": settings["normalization"]}
+    sections["train"] = {"precision": settings["precision"]}
+    config = parse_run_config(folder / CONFIG_NAME, sections)
+    return _assemble(folder, DiT.from_pretrained(folder), config, settings["step"], settings["weights"])
+
+
+def _assemble(folder: Path, model: DiT, config: RunConfig, step: int, weights: str) -> Pretrained:
+    normalizer, baselines = Normalizer.load(folder / NORMALIZER), Baselines.load(folder / BASELINES)
+    return Pretrained(model, build_flow(config), normalizer, baselines, config, step, weights)

@@ -1,0 +1,95 @@
+"""The datasets that a run reads, checked against its model, and the statistics of its training set.
+
+Statistics are computed once, by rank 0, and kept in the run folder; a resumed run reads them there.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from blip3o_ds.config import RunConfig
+from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.reading.bad_samples import BadSamples
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.errors import ConfigError
+from blip3o_ds.evaluation.baselines import Baselines, fit_baselines
+from blip3o_ds.runs.folder import BASELINES, NORMALIZER
+
+logger = logging.getLogger(__name__)
+
+
+def open_train_data(config: RunConfig, bad_samples: BadSamples) -> EmbeddingDataset:
+    """The training set as the run reads it.
+
+    Raises:
+        ConfigError: no folder is given, or the model's dims are not the data's; says what to set.
+        DataError: the folder is not a dataset.
+    """
+    folder, wanted = config.data.train_dir, config.train.overfit_test_size
+    if folder is None:
+        raise ConfigError("data.train_dir is not set; give --chunked_embeddings_dir DIR, a folder with a manifest.json")
+    dataset = _open(config, folder, bad_samples, max_shards=config.data.max_shards, max_samples=wanted)
+    if wanted and len(dataset) < wanted:
+        raise ConfigError(f"train.overfit_test_size = {wanted}, but {folder} has {len(dataset)} samples")
+    return dataset
+
+
+def open_eval_data(
+    config: RunConfig, train_data: EmbeddingDataset, bad_samples: BadSamples
+) -> dict[str, EmbeddingDataset]:
+    """The splits to evaluate on, by name; in an overfit test, or without a held-out set, the training samples."""
+    if config.train.overfit_test_size:
+        return {"overfit": train_data}
+    splits: dict[str, EmbeddingDataset] = {}
+    for folder in config.data.eval_dirs:
+        name = Path(folder).name
+        if name in splits:
+            raise ConfigError(f"data.eval_dirs: two folders are named {name}, and metrics go by the name")
+        splits[name] = _open(config, folder, bad_samples)
+    if splits:
+        return splits
+    logger.warning("data.eval_dirs is empty: evaluation is on training samples and says nothing of unseen ones")
+    return {"train": train_data}
+
+
+def prepare_statistics(
+    config: RunConfig, dataset: EmbeddingDataset, run_dir: Path, rank: int, device: torch.device
+) -> tuple[Normalizer, Baselines]:
+    """The normaliser and the baselines of the training set."""
+    baselines_file, normalizer_file = run_dir / BASELINES, run_dir / NORMALIZER
+    if rank == 0 and not baselines_file.exists():
+        normalizer = Normalizer.from_stats(config.data.normalization, dataset.manifest.stats)
+        normalizer.save(normalizer_file)
+        fit_baselines(dataset, normalizer, device=device).save(baselines_file)
+    dist.barrier()
+    return Normalizer.load(normalizer_file), Baselines.load(baselines_file)
+
+
+def _open(config: RunConfig, folder: str, bad_samples: BadSamples, **part: Any) -> EmbeddingDataset:
+    data = config.data
+    dataset = EmbeddingDataset(
+        folder,
+        token_layout=config.model.token_layout,
+        cache_dir=data.cache_dir,
+        cache_gb=data.cache_gb,
+        bad_samples=bad_samples,
+        **part,
+    )
+    check_dims(config, dataset, folder)
+    return dataset
+
+
+def check_dims(config: RunConfig, dataset: EmbeddingDataset, folder: str) -> None:
+    """Raise a `ConfigError` unless the dataset's dims are the model's."""
+    wrong = {name: value for name, value in dataset.spec.model_dims().items() if getattr(config.model, name) != value}
+    if wrong:
+        stated = ", ".join(
+            f"model.{name} = {getattr(config.model, name)} but the data has {v}" for name, v in wrong.items()
+        )
+        remedy = " ".join(f"--set model.{name}={v}" for name, v in wrong.items())
+        raise ConfigError(f"{folder}: {stated}; for this data: {remedy}")
