@@ -1,6 +1,6 @@
 """The errors that this project raises on purpose.
 
-Each message names the file, key or field, what was expected, what was found, and how to mend it; the command line
+Each message names the file, key or field, what was expected, what was found, and how to fix it; the command line
 prints it as one line, without a traceback.
 """
 
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 
 class Blip3oError(Exception):
-    """Base of every error raised on purpose; the command line ends with exit status 1."""
+    """Base class of these errors; the command line exits with status 1."""
 
 
 class ConfigError(Blip3oError):
-    """A setting is unknown, of the wrong type, or impossible together with another one; exit status 2."""
+    """A setting is unknown, of the wrong type, or contradicts another one; exit status 2."""
 
 
 class DataError(Blip3oError):
-    """A dataset, shard, index or sample is not what the format says."""
+    """A dataset, shard, index or sample does not follow the format."""
 
 
 class EncoderError(Blip3oError):
@@ -24,8 +24,8 @@ class EncoderError(Blip3oError):
 
 
 class CheckpointError(Blip3oError):
-    """A checkpoint or an export is missing, incomplete or belongs to another model."""
+    """A checkpoint or an export is missing, incomplete, or belongs to another model."""
 
 
 class TrainingError(Blip3oError):
-    """Training cannot go on: a non-finite loss or gradient, or a rank that disagrees with the others."""
+    """Training cannot continue: a loss or gradient is not finite, or a rank disagrees with the others."""

@@ -1,6 +1,6 @@
 """The diffusion transformer: noisy CLIP embeddings, a timestep and EVA embeddings in, CLIP embeddings out.
 
-What the output means (clean embedding or velocity) is the flow's affair; here it is a tensor `[B, N, clip_dim]`.
+The flow decides what the output means (a clean embedding or a velocity); here it is a tensor `[B, N, Dc]`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DiT(nn.Module):
         super().__init__()
         D, eps = config.hidden_size, config.norm_eps
         self.config = config
-        self.gradient_checkpointing = False
+        self.activation_checkpointing = False
         self.rope = RotaryTables(
             config.grid_size, config.token_layout == "cls_patch", config.head_dim, config.rope_theta
         )
@@ -68,16 +68,16 @@ class DiT(nn.Module):
         """Predict for a batch; inputs are cast to the model's dtype, which the output has.
 
         Args:
-            noisy_clip: `[B, N, clip_dim]`.
+            noisy_clip: `[B, N, Dc]`.
             timesteps: `[B]` in [0, 1], 0 is noise and 1 is data; fp32, whatever the model's dtype.
-            eva: `[B, N, eva_dim]`.
-            drop: `[B]` bool, True for samples that must not see their condition; None for none.
+            eva: `[B, N, De]`.
+            drop: `[B]` bool, True for samples that must not see their condition; None if all see it.
 
         Returns:
-            `[B, N, clip_dim]`.
+            `[B, N, Dc]`.
 
         Raises:
-            ValueError: naming the argument whose shape does not fit the configuration.
+            ValueError: an argument's shape does not fit the configuration; names the argument.
         """
         self._check_inputs(noisy_clip, timesteps, eva, drop)
         noisy_clip, eva = noisy_clip.to(self.dtype), eva.to(self.dtype)
@@ -100,15 +100,15 @@ class DiT(nn.Module):
         return self.clip_in.weight.dtype
 
     def num_parameters(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @torch.no_grad()
     def set_linear_skip(self, weight: Tensor, eva_mean: Tensor, bias: Tensor) -> None:
-        """Start the linear skip from a fitted map, `out = (eva - eva_mean) @ weight.T + bias`.
+        """Initialise the linear skip with a fitted map, `out = (eva - eva_mean) @ weight.T + bias`.
 
         Args:
-            weight: `[clip_dim, eva_dim]`.  eva_mean: `[eva_dim]`.  bias: `[clip_dim]`.
+            weight: `[Dc, De]`.  eva_mean: `[De]`.  bias: `[Dc]`.
 
         Raises:
             ConfigError: the model has no linear skip, or a shape does not fit it.
@@ -124,10 +124,10 @@ class DiT(nn.Module):
     def save_pretrained(
         self, directory: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Write `model.safetensors` (in `dtype`) and `config.json`, each in one step, the configuration last.
+        """Write `model.safetensors` (in `dtype`) and `config.json`, each atomically, the configuration last.
 
         Args:
-            extra: further JSON for `config.json`, for example `{"flow": {...}}`.
+            extra: additional JSON for `config.json`, for example `{"flow": {...}}`.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ class DiT(nn.Module):
         """Load what `save_pretrained` wrote, in fp32 on the CPU.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the weights are another model's.
+            CheckpointError: a file is missing or damaged, or the weights belong to another model.
         """
         model = cls(_model_config(directory))
         path = Path(directory) / WEIGHTS_NAME
@@ -150,8 +150,8 @@ class DiT(nn.Module):
         model.load_state_dict(weights)
         return model
 
-    def _run(self, block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -172,8 +172,8 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention to EVA, SwiGLU.
 
-    It receives the residual stream and the input of its first branch, already normalised, and hands on the same two:
-    each `Sandwich` ends a branch and normalises for the next, the last one for the next block or the output.
+    It receives the residual stream and the normalised input of its first branch, and returns both for the next block:
+    each `Sandwich` ends a branch and normalises the input of the next one, which may be in the next block.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -192,7 +192,7 @@ class Block(nn.Module):
     def forward(
         self, residual: Tensor, x: Tensor, condition: Tensor, timestep: Tensor, rope: Rope
     ) -> tuple[Tensor, Tensor]:
-        """`(residual, x)` of the next block; residual, x, condition: `[B, N, D]`, timestep: `[B, D]`."""
+        """`(residual, x)` for the next block; residual, x, condition: `[B, N, D]`, timestep: `[B, D]`."""
         gate_self, scale_cross, gate_cross, scale_ffn, gate_ffn, scale_next = self.modulation(timestep)
         cross_rope = rope if self.cross_attention_rope else None
 
@@ -208,7 +208,7 @@ def read_pretrained_config(directory: str | Path) -> dict[str, Any]:
     """The `config.json` of an exported model: `model_type`, `model`, and what was given as `extra`.
 
     Raises:
-        CheckpointError: the file is missing, not JSON, or of another kind of model.
+        CheckpointError: the file is missing, not JSON, or describes another kind of model.
     """
     path = Path(directory) / CONFIG_NAME
     try:

@@ -1,7 +1,7 @@
-"""The layers that a block of the DiT is made of.
+"""The layers of a DiT block.
 
 Every parameter is used inside the forward of the module that owns it, because sharded training (ZeRO-3) gathers a
-module's parameters just before its forward and frees them after.
+module's parameters just before its forward and frees them after it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class RMSNorm(nn.Module):
 
 
 class Sandwich(nn.Module):
-    """The end of one branch and the beginning of the next: post-norm, gate, residual, next pre-norm, as one call.
+    """The end of one branch and the start of the next, fused: post-norm, gate, residual, next pre-norm.
 
-    It owns the next branch's pre-norm weight, so that no module reaches into another one.
+    It owns the next branch's pre-norm weight, so that no module uses another module's parameters.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Grouped-query attention from the tokens to the condition's; both sit on the same grid, so both may rotate."""
+    """Grouped-query attention from the tokens to the condition's; both lie on the same grid, so both may be rotated."""
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, eps: float) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class CrossAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, gate and up in one projection."""
+    """`down(silu(gate(x)) * up(x))`, with gate and up in one projection."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class SwiGLU(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Timesteps in [0, 1] to the vector that every modulation reads: sinusoids of 1000 t, an MLP, a last SiLU."""
+    """Maps timesteps in [0, 1] to the vector that every modulation reads: sinusoids of 1000 t, an MLP, a final SiLU."""
 
     def __init__(self, embed_dim: int, dim: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: `count` vectors `[B, D]` (scales and gates) from the timestep's, all zero at initialisation."""
+    """adaLN: `count` vectors `[B, D]` (scales and gates) from the timestep embedding, all zero at initialisation."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -126,13 +126,13 @@ class Modulation(nn.Module):
 
 
 class Condition(nn.Module):
-    """EVA embeddings, projected and normalised once for all blocks; dropped samples read a learned null token."""
+    """EVA embeddings, projected and normalised once for all blocks; dropped samples get a learned null token."""
 
     def __init__(self, eva_dim: int, dim: int, eps: float) -> None:
         super().__init__()
         self.proj = projection(eva_dim, dim, bias=True)
         self.norm = RMSNorm(dim, eps)
-        self.null = nn.Parameter(torch.randn(dim))  # unit RMS, as the normalised condition has
+        self.null = nn.Parameter(torch.randn(dim))  # unit RMS, like the normalised condition
 
     def forward(self, eva: Tensor, drop: Tensor | None) -> Tensor:
         condition = self.norm(self.proj(eva))  # [B, N, D]
@@ -144,7 +144,7 @@ class Condition(nn.Module):
 class LinearSkip(nn.Module):
     """A per-token linear map from EVA to the output, `(eva - eva_mean) Wᵀ + bias`; dropped samples get the bias."""
 
-    eva_mean: Tensor  # [eva_dim]
+    eva_mean: Tensor  # [De]
 
     def __init__(self, eva_dim: int, clip_dim: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def sinusoids(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tenso
 
 
 def zero_projection(in_dim: int, out_dim: int) -> nn.Linear:
-    """A linear layer that begins as zero: modulations and the output."""
+    """A linear layer initialised to zero, for modulations and the output."""
     linear = nn.Linear(in_dim, out_dim)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -176,7 +176,7 @@ def zero_projection(in_dim: int, out_dim: int) -> nn.Linear:
 
 
 def projection(in_dim: int, out_dim: int, bias: bool = False) -> nn.Linear:
-    """A linear layer whose output has the input's variance at initialisation."""
+    """A linear layer whose output has the variance of its input at initialisation."""
     linear = nn.Linear(in_dim, out_dim, bias=bias)
     nn.init.normal_(linear.weight, std=in_dim**-0.5)
     if bias:

@@ -1,6 +1,6 @@
 """Rotary positions in three axes (t, row, col) for a grid of patches with or without a CLS token.
 
-A patch sits at (0, row, col) and CLS at (1, 0, 0), so the t axis tells the two kinds apart.
+A patch is at (0, row, col) and CLS at (1, 0, 0), so the t axis distinguishes the two kinds of token.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 def grid_positions(grid_size: int, has_cls: bool) -> np.ndarray:
-    """Coordinates (t, row, col) of each token, `[N, 3]` float64; CLS, where there is one, is token 0."""
+    """Coordinates (t, row, col) of each token, `[N, 3]` float64; CLS, if there is one, is token 0."""
     row, col = np.divmod(np.arange(grid_size**2), grid_size)
     patches = np.stack([np.zeros_like(row), row, col], axis=1).astype(np.float64)
     return np.concatenate([[[1.0, 0.0, 0.0]], patches]) if has_cls else patches
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's `D/2` pairs turn by (t, row, col): three eighths each for row and col, the rest for t."""
+    """How many of a head's `D/2` pairs rotate by (t, row, col): three eighths each for row and col, the rest for t."""
     pairs = head_dim // 2
     spatial = 3 * pairs // 8
     return pairs - 2 * spatial, spatial, spatial
@@ -27,8 +27,8 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 def rope_tables(grid_size: int, has_cls: bool, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles, each `[N, D/2]` fp32.
 
-    Pair i of an axis with n pairs turns by `coordinate * theta ** (-i / n)` (Su et al. 2021, one axis at a time).
-    Computed in NumPy: contexts that change PyTorch's default dtype or device leave the tables alone.
+    Pair i of an axis with n pairs rotates by `coordinate * theta ** (-i / n)` (Su et al. 2021, one axis at a time).
+    Computed in NumPy, so that contexts that change PyTorch's default dtype or device do not affect the tables.
     """
     positions = grid_positions(grid_size, has_cls)
     angles = np.concatenate(
@@ -42,7 +42,7 @@ def rope_tables(grid_size: int, has_cls: bool, head_dim: int, theta: float) -> t
 
 
 class RotaryTables(nn.Module):
-    """Holds the tables on the model's device; they stay fp32 when the model is cast to a shorter dtype."""
+    """Holds the tables on the model's device; they stay fp32 when the model is cast to a lower precision."""
 
     cos: Tensor  # [N, D/2]
     sin: Tensor  # [N, D/2]

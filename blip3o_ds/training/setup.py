@@ -129,7 +129,7 @@ def build_model(config: RunConfig, baselines: Baselines) -> DiT:
     """The DiT at its start, the same on every rank."""
     torch.manual_seed(config.train.seed)
     model = DiT(config.model)
-    model.gradient_checkpointing = config.train.activation_checkpointing
+    model.activation_checkpointing = config.train.activation_checkpointing
     if config.model.linear_skip == "ridge":
         model.set_linear_skip(baselines.ridge_weight, baselines.eva_mean, baselines.clip_mean)
     return model

@@ -78,7 +78,7 @@ def test_losses_match_those_of_plain_pytorch(dtype, tolerance):
 
 def test_activation_checkpointing_changes_nothing():
     model = build()
-    model.gradient_checkpointing = True
+    model.activation_checkpointing = True
     losses, gradients = train("triton", steps=1, model=model)
     expected, expected_gradients = train("triton", steps=1)
     assert losses == expected

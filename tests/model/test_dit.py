@@ -111,13 +111,13 @@ def test_forward_is_the_papers_block_written_out():
 
 
 def gradients(model: DiT, checkpointing: bool) -> dict[str, torch.Tensor]:
-    model.gradient_checkpointing = checkpointing
+    model.activation_checkpointing = checkpointing
     model.zero_grad()
     model(*batch(model), torch.tensor([True, False, False])).square().sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_activation_checkpointing_gives_the_same_gradients():
     model = open_gates(build())
     plain, checkpointed = gradients(model, False), gradients(model, True)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
