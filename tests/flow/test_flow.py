@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.config import FlowConfig, build_run_config
+from blip3o_ds.config import FlowConfig, build_run_config, load_run_config
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.flow.build import build_flow
 from blip3o_ds.flow.flow import Flow
@@ -196,3 +196,10 @@ def test_a_name_that_is_unknown_or_does_not_fit_is_an_error_that_lists_what_does
     with pytest.raises(ConfigError) as raised:
         build_flow(build_run_config(settings))
     assert named in str(raised.value)
+
+
+def test_training_refuses_an_unknown_name_before_it_opens_anything():
+    from blip3o_ds.training.trainer import train  # imports DeepSpeed, which takes seconds
+
+    with pytest.raises(ConfigError, match=r"flow\.path = 'liner'"):
+        train(load_run_config("demo", overrides=["flow.path=liner", "data.train_dir=/nowhere"]))
