@@ -130,21 +130,20 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, metavar="N")
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, EvalConfig, str]:
-    """The model, the settings of its evaluation with the command's flags in place, and the device."""
+def _load(args: argparse.Namespace) -> tuple[Any, EvalConfig]:
+    """The model, and the settings of its evaluation with the command's flags in place."""
     import torch
 
     from blip3o_ds.runs.pretrained import load_pretrained
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_pretrained(args.model, device)
+    loaded = load_pretrained(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     flags = {name: getattr(args, name) for name in ("steps", "solver", "guidance_scale", "seed", "batch_size")}
     given = {name: value for name, value in flags.items() if value is not None}
     settings = loaded.config.eval.model_dump()
     settings["batch_size"] = given.pop("batch_size", settings["batch_size"])
     settings["sampler"] |= given
     settings["max_samples"] = getattr(args, "max_samples", None)
-    return loaded, build_run_config({"eval": settings}).eval, device
+    return loaded, build_run_config({"eval": settings}).eval
 
 
 def run_eval(args: argparse.Namespace) -> dict:
@@ -154,21 +153,11 @@ def run_eval(args: argparse.Namespace) -> dict:
     folders = {Path(folder).absolute().name: folder for folder in args.data}
     if len(folders) < len(args.data):
         raise ConfigError("--data: two folders have the same name, and results go by the name")
-    loaded, settings, device = _load(args)
+    loaded, settings = _load(args)
     datasets = {name: loaded.open_dataset(folder) for name, folder in folders.items()}
     results = {}
     for split, dataset in datasets.items():
-        results[split] = evaluate(
-            loaded.model,
-            loaded.flow,
-            loaded.normalizer,
-            loaded.baselines,
-            dataset,
-            settings.sampler,
-            batch_size=settings.batch_size,
-            device=device,
-            max_samples=settings.max_samples,
-        )
+        results[split] = evaluate(loaded, dataset, settings)
     print(format_table(results))
     if args.plot:
         plot_evaluation(results, args.plot)
@@ -183,16 +172,12 @@ def run_eval(args: argparse.Namespace) -> dict:
 def run_generate(args: argparse.Namespace) -> dict:
     from blip3o_ds.evaluation.generate import generate
 
-    loaded, settings, device = _load(args)
+    loaded, settings = _load(args)
     result = generate(
-        loaded.model,
-        loaded.flow,
-        loaded.normalizer,
+        loaded,
         loaded.open_dataset(args.data),
         args.out,
-        settings.sampler,
-        batch_size=settings.batch_size,
-        device=device,
+        settings,
         source=f"{args.model.absolute().name}, step {loaded.step}, {loaded.weights} weights",
     )
     return _show(result)

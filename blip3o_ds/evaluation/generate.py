@@ -9,71 +9,61 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from blip3o_ds.config import SamplerConfig
+from blip3o_ds.config import EvalConfig, SamplerConfig
 from blip3o_ds.data.format.writer import DatasetWriter
-from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.report import evaluation_noise
 from blip3o_ds.evaluation.subset import ProgressLog, read_batches
 from blip3o_ds.files import atomic_folder
-from blip3o_ds.flow.flow import Flow
-from blip3o_ds.flow.prediction import Model
 from blip3o_ds.flow.solvers import sample
+from blip3o_ds.runs.pretrained import Pretrained
 
 logger = logging.getLogger(__name__)
 
 
 def generate(
-    model: Model,
-    flow: Flow,
-    normalizer: Normalizer,
+    pretrained: Pretrained,
     dataset: EmbeddingDataset,
     dst: str | Path,
-    sampler: SamplerConfig,
-    batch_size: int,
-    device: torch.device | str,
+    settings: EvalConfig,
     source: str,
 ) -> dict[str, Any]:
     """Generate an embedding for every sample of `dataset` and write them to the folder `dst`, whole or not at all.
 
     Every sample's metadata gains `generated`: solver, steps, guidance scale, seed, normalisation and `source`, the
-    name of the model. Embeddings are raw ones, except with normalisation `full`, whose unit norm cannot be undone. The
-    noise of a sample depends on the sampler's seed and the index alone, and is that of `evaluate`.
+    name of the model. Embeddings are raw ones, except with normalisation `full`, which cannot be inverted. The noise
+    of a sample depends only on the sampler's seed and the index, and is that of `evaluate`.
 
     Returns:
         `{"dataset": dst, "num_samples": n, "generated": {...}}`.
 
     Raises:
+        ConfigError: there is no solver of that name.
         FileExistsError: `dst` already holds something.
         DataError: an embedding cannot be written, for example because it is not finite.
     """
-    facts = {**sampler.model_dump(mode="json"), "normalization": normalizer.mode, "source": source}
+    sampler, mode = settings.sampler, pretrained.normalizer.mode
+    facts = {**sampler.model_dump(mode="json"), "normalization": mode, "source": source}
+    progress = ProgressLog(logger, "generating", len(dataset))
     with atomic_folder(dst) as folder, DatasetWriter(folder, dataset.spec, extra={"generated": facts}) as writer:
-        _write_all(writer, model, flow, normalizer, dataset, sampler, batch_size, device, facts)
+        for batch in read_batches(dataset, range(len(dataset)), settings.batch_size):
+            clip = generate_batch(pretrained, batch["eva"], batch.positions, sampler).cpu()
+            for row, position in enumerate(batch.positions.tolist()):
+                meta = {**dataset.meta(*dataset.place(position)), "generated": facts}
+                stored = {name: x[row] for name, x in batch.tensors.items()}
+                writer.write(batch.keys[row], {**stored, "clip": clip[row]}, meta)
+            progress.at(int(batch.positions[-1]) + 1)
     return {"dataset": str(dst), "num_samples": len(dataset), "generated": facts}
 
 
-def _write_all(
-    writer: DatasetWriter,
-    model: Model,
-    flow: Flow,
-    normalizer: Normalizer,
-    dataset: EmbeddingDataset,
-    sampler: SamplerConfig,
-    batch_size: int,
-    device: torch.device | str,
-    facts: dict[str, Any],
-) -> None:
-    shape = dataset.spec.shape("clip")
-    progress = ProgressLog(logger, "generating", len(dataset))
-    for batch in read_batches(dataset, range(len(dataset)), batch_size):
-        noise = evaluation_noise(flow, batch.positions, shape, sampler.seed, device)
-        eva = normalizer({"eva": batch["eva"].to(device).float()})["eva"]
-        clip = normalizer.inverse("clip", sample(model, flow, eva, noise, sampler)).cpu()
-        for row, position in enumerate(batch.positions.tolist()):
-            meta = {**dataset.meta(*dataset.place(position)), "generated": facts}
-            stored = {name: x[row] for name, x in batch.tensors.items()}
-            writer.write(batch.keys[row], {**stored, "clip": clip[row]}, meta)
-        progress.at(int(batch.positions[-1]) + 1)
+def generate_batch(pretrained: Pretrained, eva: Tensor, positions: Tensor, sampler: SamplerConfig) -> Tensor:
+    """CLIP embeddings `[B, N, Dc]` fp32 on the model's device, from EVA embeddings `[B, N, De]` as they are stored.
+
+    `positions` `[B]` are the indices of the images, which choose the noise together with the sampler's seed.
+    """
+    eva = pretrained.normalizer({"eva": eva.to(pretrained.device).float()})["eva"]
+    shape = (eva.shape[1], pretrained.config.model.clip_dim)
+    noise = evaluation_noise(pretrained.flow, positions, shape, sampler.seed, pretrained.device)
+    return pretrained.normalizer.inverse("clip", sample(pretrained.model, pretrained.flow, eva, noise, sampler))

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_ds.config import SamplerConfig
-from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.config import EvalConfig, SamplerConfig
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import Batch
 from blip3o_ds.errors import DataError
@@ -22,8 +21,8 @@ from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.evaluation.metrics import METRICS, MetricAccumulator
 from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
 from blip3o_ds.flow.flow import Flow
-from blip3o_ds.flow.prediction import Model
 from blip3o_ds.flow.solvers import posterior_mean, sample
+from blip3o_ds.runs.pretrained import Pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +53,19 @@ class EvalResult:
 
 
 def evaluate(
-    model: Model,
-    flow: Flow,
-    normalizer: Normalizer,
-    baselines: Baselines,
+    pretrained: Pretrained,
     dataset: EmbeddingDataset,
-    sampler: SamplerConfig,
-    batch_size: int,
-    device: torch.device | str,
+    settings: EvalConfig,
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
-    max_samples: int | None = None,
 ) -> EvalResult:
     """Generate the embeddings of `dataset` and compare them with the true ones.
 
     There are four readings: `posterior_mean` (one network evaluation from noise: the least distortion), `sampled` (the
-    ODE solved as `sampler` says: the right distribution; Blau & Michaeli 2018), `ridge` and `mean_embedding`. Metrics
-    are computed on raw embeddings, after inverting the normalisation; with `full`, which cannot be inverted, on
-    unit-norm ones, and the generated ones are taken as they are. `max_samples` are spread evenly over the dataset.
+    ODE solved: the right distribution; Blau & Michaeli 2018), `ridge` and `mean_embedding`. Metrics are computed on raw
+    embeddings, after inverting the normalisation; with `full`, which cannot be inverted, on unit-norm ones, and the
+    generated ones are taken as they are. Where `settings.max_samples` are fewer, they are spread over the dataset.
 
     Each rank takes every `world_size`-th sample, `gather` collects their sums, and every rank returns the whole
     result. Some ranks run the model once more than others, so its forward pass must not communicate.
@@ -81,17 +74,17 @@ def evaluate(
         DataError: the dataset is empty.
         Blip3oError: an embedding is not finite; the image is named.
     """
-    indices = spread_indices(len(dataset), max_samples)
+    indices = spread_indices(len(dataset), settings.max_samples)
     if not indices:
         raise DataError("the dataset to evaluate is empty")
-    baselines = baselines.to(device)
+    normalizer, baselines = pretrained.normalizer, pretrained.baselines.to(pretrained.device)
     train_mean = normalizer.inverse("clip", baselines.clip_mean)
     accumulators = {reading: MetricAccumulator(train_mean, reading) for reading in READINGS}
     own = indices[rank::world_size]
     progress = ProgressLog(logger, "evaluating", len(own))
     done = 0
-    for batch in read_batches(dataset, own, batch_size):
-        target, generated = _generate(model, flow, normalizer, baselines, batch, sampler, device)
+    for batch in read_batches(dataset, own, settings.batch_size):
+        target, generated = _generate(pretrained, baselines, batch, settings.sampler)
         for reading, embeddings in generated.items():
             accumulators[reading].update(embeddings, target, batch.positions)
         done += len(batch.keys)
@@ -101,7 +94,7 @@ def evaluate(
         num_samples=len(indices),
         dataset_samples=len(dataset),
         space="unit_norm" if normalizer.mode == "full" else "raw",
-        sampler=sampler,
+        sampler=settings.sampler,
     )
 
 
@@ -120,14 +113,10 @@ def evaluation_noise(
 
 @torch.no_grad()
 def _generate(
-    model: Model,
-    flow: Flow,
-    normalizer: Normalizer,
-    baselines: Baselines,
-    batch: Batch,
-    sampler: SamplerConfig,
-    device: torch.device | str,
+    pretrained: Pretrained, baselines: Baselines, batch: Batch, sampler: SamplerConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """The true embeddings, and the generated ones by reading, in the space of the stored embeddings."""
+    model, flow, normalizer, device = pretrained.model, pretrained.flow, pretrained.normalizer, pretrained.device
     pair = normalizer({name: batch[name].to(device).float() for name in ("eva", "clip")})
     eva, clip = pair["eva"], pair["clip"]
     noise = evaluation_noise(flow, batch.positions, (clip.shape[1], clip.shape[2]), sampler.seed, device)

@@ -7,7 +7,7 @@ run.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class Pretrained:
     config: RunConfig  # of an export: only its sections model, flow and eval, the normalisation and the precision
     step: int
     weights: str  # ema, or model where the run kept no moving average
+    device: torch.device | str = "cpu"  # that the model is on
 
     def open_dataset(self, folder: str | Path) -> EmbeddingDataset:
         """The dataset in `folder` (or behind a URL), with the tokens that the model takes.
@@ -78,7 +79,7 @@ def load_pretrained(path: str | Path, device: torch.device | str = "cpu") -> Pre
     dtype = torch.float32 if device.type == "cpu" else _DTYPES[loaded.config.train.precision]
     loaded.model.to(device, dtype).eval().requires_grad_(False)
     logger.info("loaded %s: step %d, %s weights, %s on %s", path, loaded.step, loaded.weights, dtype, device)
-    return loaded
+    return replace(loaded, device=device)
 
 
 def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blip3o_ds.evaluation.report import EvalResult, evaluate, format_table
 from blip3o_ds.model.dit import DiT
+from blip3o_ds.runs.pretrained import Pretrained
 from blip3o_ds.training.ema import gather_weights
 
 if TYPE_CHECKING:
@@ -30,22 +31,15 @@ def evaluate_splits(run: Run, max_samples: int | None) -> dict[str, EvalResult]:
     ema = config.train.ema_decay > 0 and engine.has_stepped
     model.load_state_dict(gather_weights(engine.module, engine.optimizer, ema))
     model.to(engine.device, engine.dtype).eval()
+    pretrained = Pretrained(
+        *(model, run.flow, run.normalizer, run.baselines, config, run.state.step),
+        weights="ema" if ema else "model",
+        device=engine.device,
+    )
+    settings = config.eval.model_copy(update={"max_samples": max_samples})
     results = {}
     for split, dataset in run.splits.items():
-        results[split] = evaluate(
-            model,
-            run.flow,
-            run.normalizer,
-            run.baselines,
-            dataset,
-            config.eval.sampler,
-            batch_size=config.eval.batch_size,
-            device=engine.device,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            gather=_gather,
-            max_samples=max_samples,
-        )
+        results[split] = evaluate(pretrained, dataset, settings, dist.get_rank(), dist.get_world_size(), _gather)
     return results
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip3o_ds.config import FlowConfig, SamplerConfig
+from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.verify import verify
@@ -14,9 +14,10 @@ from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.generate import generate
 from blip3o_ds.evaluation.report import evaluate
 from blip3o_ds.flow.flow import Flow
+from blip3o_ds.runs.pretrained import Pretrained
 from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
 
-SAMPLER = SamplerConfig(steps=3, seed=5)
+SETTINGS = EvalConfig(sampler=SamplerConfig(steps=3, seed=5), batch_size=4, max_samples=None)
 FLOW = Flow.from_config(FlowConfig())
 RAW = Normalizer("minimal")
 
@@ -35,8 +36,18 @@ def source(make_dataset):
     return make_dataset(eva, clip, "source")
 
 
-def test_conditions_keys_captions_and_order_are_those_of_the_source(source, tmp_path, config):
-    result = generate(random_model(config), FLOW, RAW, source, tmp_path / "out", SAMPLER, 4, "cpu", "a model")
+@pytest.fixture
+def pretrained(source, config):
+    """A function that puts a model together with what generation needs."""
+
+    def together(model, normalizer=RAW) -> Pretrained:
+        return Pretrained(model, FLOW, normalizer, fit_baselines(source, normalizer), config, 0, "ema")
+
+    return together
+
+
+def test_conditions_keys_captions_and_order_are_those_of_the_source(source, pretrained, tmp_path, config):
+    result = generate(pretrained(random_model(config)), source, tmp_path / "out", SETTINGS, "a model")
 
     facts = {"solver": "euler", "steps": 3, "guidance_scale": 1.0, "seed": 5}
     facts |= {"normalization": "minimal", "source": "a model"}
@@ -52,25 +63,24 @@ def test_conditions_keys_captions_and_order_are_those_of_the_source(source, tmp_
 
 
 @pytest.mark.parametrize("mode", ["minimal", "standardize"])
-def test_what_is_generated_is_what_was_evaluated(source, tmp_path, config, mode):
+def test_what_is_generated_is_what_was_evaluated(source, pretrained, tmp_path, config, mode):
     normalizer = Normalizer.from_stats(mode, source.manifest.stats)
     model = random_model(config)
-    baselines = fit_baselines(source, normalizer)
 
-    generate(model, FLOW, normalizer, source, tmp_path / "out", SAMPLER, 4, "cpu", "a model")
-    result = evaluate(model, FLOW, normalizer, baselines, source, SAMPLER, batch_size=3, device="cpu")
+    generate(pretrained(model, normalizer), source, tmp_path / "out", SETTINGS, "a model")
+    result = evaluate(pretrained(model, normalizer), source, SETTINGS.model_copy(update={"batch_size": 3}))
 
     generated, true = read_all(tmp_path / "out")[2].double(), read_all(source.location)[2].double()
     assert result.readings["sampled"]["mse"] == pytest.approx(float((generated - true).square().mean()), rel=1e-5)
 
 
-def test_a_folder_that_holds_something_is_refused(source, config):
+def test_a_folder_that_holds_something_is_refused(source, pretrained, config):
     with pytest.raises(FileExistsError, match="source already exists"):
-        generate(random_model(config), FLOW, RAW, source, source.location, SAMPLER, 4, "cpu", "a model")
+        generate(pretrained(random_model(config)), source, source.location, SETTINGS, "a model")
     assert not verify(source.location).problems
 
 
-def test_a_model_that_diverges_midway_leaves_nothing(source, tmp_path):
+def test_a_model_that_diverges_midway_leaves_nothing(source, pretrained, tmp_path):
     calls = []
 
     def model(x, t, eva, drop):
@@ -79,5 +89,5 @@ def test_a_model_that_diverges_midway_leaves_nothing(source, tmp_path):
 
     before = set(tmp_path.iterdir())
     with pytest.raises(DataError, match="'image_004': clip holds NaN"):
-        generate(model, FLOW, RAW, source, tmp_path / "out", SAMPLER, 4, "cpu", "a model")
+        generate(pretrained(model), source, tmp_path / "out", SETTINGS, "a model")
     assert set(tmp_path.iterdir()) == before

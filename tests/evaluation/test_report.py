@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.config import FlowConfig, SamplerConfig
+from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.errors import Blip3oError
 from blip3o_ds.evaluation.baselines import fit_baselines
@@ -16,6 +16,7 @@ from blip3o_ds.evaluation.metrics import METRIC_NAMES
 from blip3o_ds.evaluation.report import READINGS, EvalResult, evaluate, evaluation_noise, format_table
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import sample
+from blip3o_ds.runs.pretrained import Pretrained
 from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
 
 SAMPLER = SamplerConfig(steps=3)
@@ -28,10 +29,13 @@ def setting(make_dataset, config):
     eva, clip, linear = linear_pairs(41, noise=0.5)
     train, held = make_dataset(eva[:30], clip[:30], "train"), make_dataset(eva[30:], clip[30:], "held")
 
-    def run(model, normalizer=RAW, batch_size=4, prediction="sample", sampler=SAMPLER, **options) -> EvalResult:
+    def run(
+        model, normalizer=RAW, batch_size=4, prediction="sample", sampler=SAMPLER, max_samples=None, **ranks
+    ) -> EvalResult:
         flow = Flow.from_config(FlowConfig(prediction=prediction))
-        baselines = fit_baselines(train, normalizer)
-        return evaluate(model, flow, normalizer, baselines, held, sampler, batch_size, "cpu", **options)
+        pretrained = Pretrained(model, flow, normalizer, fit_baselines(train, normalizer), config, 0, "ema")
+        settings = EvalConfig(sampler=sampler, batch_size=batch_size, max_samples=max_samples)
+        return evaluate(pretrained, held, settings, **ranks)
 
     run.eva, run.clip, run.linear, run.train = eva, clip, linear, train
     return run

@@ -199,7 +199,7 @@ def test_a_name_that_is_unknown_or_does_not_fit_is_an_error_that_lists_what_does
 
 
 def test_training_refuses_an_unknown_name_before_it_opens_anything():
-    from blip3o_ds.training.trainer import train  # imports DeepSpeed, which takes seconds
+    from blip3o_ds.training.loop import train  # imports DeepSpeed, which takes seconds
 
     with pytest.raises(ConfigError, match=r"flow\.path = 'liner'"):
         train(load_run_config("demo", overrides=["flow.path=liner", "data.train_dir=/nowhere"]))
