@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, one command for all that needs one: scripts/gpu_check.sh [--out DIR] [--commit SHA] [--dry-run]
-# Tests on hardware, launch configurations for this GPU (kernels/tuned.json), benchmark. Under 8 minutes; each stage has
-# a budget in seconds, below. Installs and downloads nothing; works in a plain copy of the tree.
+# Tests on hardware, launch configurations for this GPU (tuned.json of blip3o_kernels), benchmark. Under 8 minutes; each
+# stage has a budget in seconds, below. Installs and downloads nothing; works in a plain copy of the tree.
 #   --out DIR      where results and a copy of tuned.json go; default kernels/benchmarks/results/<GPU>
 #   --commit SHA   of the code, where the tree has no git to ask
 #   --dry-run      check what is needed, print the commands, run none of them; needs no GPU
@@ -27,13 +27,7 @@ done
 [ -f .venv/bin/activate ] && source .venv/bin/activate
 python=$(command -v python3 || command -v python) || { echo "gpu_check.sh: no python on the PATH" >&2; exit 1; }
 unset TRITON_INTERPRET BLIP3O_KERNELS
-export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
-if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("blip3o_kernels") is None)'; then
-    names=$(mktemp -d) # not installed: the folder kernels/ under its import name
-    trap 'rm -rf "$names"' EXIT
-    ln -s "$project/kernels" "$names/blip3o_kernels"
-    export PYTHONPATH="$names:$PYTHONPATH"
-fi
+export PYTHONPATH="$project:$project/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 missing=$("$python" - <<'PY'
 from importlib.util import find_spec
@@ -71,7 +65,7 @@ stage tune "$((tune_budget + 20))" "$python" scripts/tune_kernels.py --budget "$
 stage bench "$((bench_budget + 40))" "$python" scripts/bench_kernels.py --budget "$bench_budget" \
     ${out:+--out "$out"} ${commit:+--commit "$commit"}
 if [ -z "$dry_run" ] && [ -n "$out" ]; then
-    mkdir -p "$out" && cp kernels/tuned.json "$out/tuned.json"
+    mkdir -p "$out" && cp kernels/blip3o_kernels/tuned.json "$out/tuned.json"
 fi
 [ -n "$dry_run" ] || echo "gpu_check.sh: $([ $failed -eq 0 ] && echo all stages passed || echo FAILED) after $SECONDS s"
 exit $failed

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Search launch configurations on this GPU and write the best to `kernels/tuned.json`, under the GPU's name.
+"""Search launch configurations on this GPU and write the best to the package's `tuned.json`, under the GPU's name.
 
     python scripts/tune_kernels.py [--op ...] [--dtype bf16] [--preset base large]
 
@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))  # `benchmarks` is not installed
 
 from benchmarks.tuning import TUNABLE, compile_calls, searches, tune
 from benchmarks.warm import run_in_processes
