@@ -18,6 +18,7 @@ from blip3o_ds.settings import Section, Settings, flatten, nearest, parse_overri
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 
+FLOW = "blip3o_ds.flow"  # the modules with the tables that names are looked up in
 TokenLayout = Literal["patch_only", "cls_patch"]
 
 
@@ -78,10 +79,10 @@ class ModelConfig(Section):
 class FlowConfig(Section):
     """The flow from noise to CLIP embeddings; each name is looked up in its table in `blip3o_ds.flow`."""
 
-    path: str = setting("linear", "from noise to data; linear: (1-t) noise + t clip")
-    prediction: str = setting("sample", "what the network outputs: sample (the clean embedding) or velocity")
-    loss_weight: str = setting("velocity", "what the loss compares")
-    timestep_law: str = setting("uniform", "distribution of t in training: uniform or logit_normal")
+    path: str = setting("linear", "path from noise to data; linear: (1-t) noise + t clip", table=f"{FLOW}.path:PATHS")
+    prediction: str = setting("sample", "output of the network", table=f"{FLOW}.prediction:PREDICTIONS")
+    loss_weight: str = setting("velocity", "quantity that the loss compares", table=f"{FLOW}.weights:LOSS_WEIGHTS")
+    timestep_law: str = setting("uniform", "distribution of t in training", table=f"{FLOW}.timesteps:TIMESTEP_LAWS")
     logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")
     logit_std: float = setting(1.0, "standard deviation of logit(t), for logit_normal", gt=0)
     timestep_shift: float = setting(
@@ -97,7 +98,7 @@ class SamplerConfig(Section):
     """How embeddings are generated."""
 
     steps: int = setting(25, "steps of the solver", may_change=True, ge=1)
-    solver: str = setting("euler", "solver of the ODE: euler, midpoint or heun", may_change=True)
+    solver: str = setting("euler", "solver of the ODE", table=f"{FLOW}.solvers:SOLVERS", may_change=True)
     guidance_scale: float = setting(
         1.0, "classifier-free guidance; 1 is none", aliases=("guidance", "cfg", "cfg_scale"), may_change=True, ge=0
     )
@@ -177,10 +178,13 @@ class TrainConfig(Section):
         may_change=True,
         ge=1,
     )
-    optimizer: str = setting("adamw", "name of the optimizer: adamw", aliases=("optim",))
+    optimizer: str = setting("adamw", "optimizer", table="blip3o_ds.training.optim:OPTIMIZERS", aliases=("optim",))
     learning_rate: float = setting(5e-4, "peak of the learning rate", flag="--learning_rate X", aliases=("lr",), gt=0)
     schedule: str = setting(
-        "cosine", "course of the learning rate after the warm-up: cosine", aliases=("lr_schedule", "scheduler")
+        "cosine",
+        "learning rate after the warmup",
+        table="blip3o_ds.training.optim:SCHEDULES",
+        aliases=("lr_schedule", "scheduler"),
     )
     min_lr_ratio: float = setting(
         0.1, "the learning rate ends at this share of its peak", aliases=("min_lr",), ge=0, le=1
@@ -250,7 +254,10 @@ class EvalConfig(Section):
 
     sampler: SamplerConfig = SamplerConfig()
     max_samples: int | None = setting(
-        256, "samples of each set, during the run; its final evaluation takes all", may_change=True, ge=1
+        256,
+        "samples of each set that are evaluated; the evaluation at the end of a run takes all",
+        may_change=True,
+        ge=1,
     )
     batch_size: int = setting(16, "samples generated at once", may_change=True, ge=1)
 

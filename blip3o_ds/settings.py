@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from operator import attrgetter
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -29,6 +30,7 @@ def setting(
     meaning: str,
     *,
     flag: str | None = None,
+    table: str | None = None,
     aliases: Sequence[str] = (),
     excludes: str | None = None,
     may_change: bool = False,
@@ -39,13 +41,14 @@ def setting(
 
     Args:
         flag: of `train`, as its help shows it: `--batch_size N`.
+        table: where the names that it can have are keys: `blip3o_ds.flow.solvers:SOLVERS`.
         aliases: other names that people try, for the suggestion in an error.
         excludes: the dotted name of another setting of the section: only one of the two can have a value.
         may_change: a resumed run may have another value.
         from_data: if it is not given, the training set decides; the default is what the planner assumes.
         limits: pydantic's `ge`, `gt`, `le`, `lt`.
     """
-    facts: dict[str, Any] = {"flag": flag, "aliases": list(aliases), "excludes": excludes}
+    facts: dict[str, Any] = {"flag": flag, "table": table, "aliases": list(aliases), "excludes": excludes}
     facts |= {"may_change": may_change, "from_data": from_data}
     return Field(default, description=meaning, json_schema_extra=facts, **limits)
 
@@ -75,6 +78,7 @@ class Setting:
     default: Any
     meaning: str
     flag: str | None
+    table: str | None
     aliases: list[str]
     excludes: str | None
     may_change: bool
@@ -82,7 +86,10 @@ class Setting:
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
-        """The values it can have, if they are few."""
+        """The values it can have, if they are few; those of a table are looked up, which imports its module."""
+        if self.table:
+            module, _, name = self.table.partition(":")
+            return tuple(getattr(import_module(module), name))
         return get_args(self.type) if get_origin(self.type) is Literal else None
 
     @property

@@ -1,0 +1,161 @@
+"""Commands around a training run: `config` and `plan` before it, `train`, `slurm render`, and `compare` after it."""
+
+from __future__ import annotations
+
+import argparse
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from blip3o_ds.commands.base import add_command, add_config_flags, add_setting, given_settings, load_config
+from blip3o_ds.config import SETTINGS, preset_names
+
+SBATCH_OPTIONS = {  # name -> metavar
+    "nodes": "N",
+    "gpus-per-node": "N",
+    "cpus-per-task": "N",
+    "time": "HH:MM:SS",
+    "partition": "NAME",
+    "account": "NAME",
+    "job-name": "NAME",
+}
+
+
+def add_training_commands(commands: Any) -> None:
+    p = add_command(commands, "train", run_train, "train a DiT; start it with the deepspeed launcher")
+    add_config_flags(p)
+    for name, setting in SETTINGS.items():
+        if setting.flag:
+            add_setting(p, name)
+    p.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="resume RUN, or the newest run")
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher, which sets LOCAL_RANK too
+
+    p = add_command(commands, "config", run_config, "print every setting with its value and meaning, as a YAML file")
+    add_config_flags(p)
+
+    p = add_command(commands, "plan", run_plan, "what a run will take: parameters, FLOPs, memory")
+    add_config_flags(p)
+    add_setting(p, "model.token_layout")
+    add_setting(p, "train.activation_checkpointing", "--activation_checkpointing")
+    p.add_argument("--batch_size", type=int, default=32, metavar="N", help="samples per GPU and forward pass")
+    p.add_argument("--gpus", type=int, default=1, metavar="N")
+    p.add_argument("--gpu_memory_gb", type=float, default=80, metavar="X", help="of one GPU, for the recommendation")
+    p.add_argument("--zero_stage", type=int, default=2, choices=[0, 1, 2, 3])
+
+    p = add_command(commands, "compare", run_compare, "finished runs side by side: settings that differ, and metrics")
+    p.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+
+    slurm = commands.add_parser("slurm", help="job scripts for SLURM").add_subparsers(required=True, metavar="COMMAND")
+    p = add_command(slurm, "render", run_slurm_render, "print scripts/train_clip_repro.job, filled in")
+    for name, metavar in SBATCH_OPTIONS.items():
+        p.add_argument(f"--{name}", metavar=metavar, type=_positive if metavar == "N" else str)
+    for name in ("data.train_dir", "train.deepspeed_config"):
+        add_setting(p, name)
+    p.add_argument("--output_dir", metavar="DIR", help="where runs are kept, in a folder named after the job")
+    p.add_argument("--model_size", choices=preset_names())
+    p.add_argument("--modules", metavar='"A B"', help="arguments of `module load`")
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    config = load_config(args)  # before the heavy import: a wrong setting is reported at once
+    from blip3o_ds.training.loop import train
+
+    return train(config, args.resume)
+
+
+def run_config(args: argparse.Namespace) -> dict[str, Any]:
+    config = load_config(args)
+    print(SETTINGS.to_yaml(config))
+    return {
+        name: {
+            "value": attrgetter(name)(config),
+            "meaning": setting.meaning,
+            "flag": setting.flag and setting.flag.split()[0],
+            "may_change_on_resume": setting.may_change,
+            "from_data": setting.from_data,
+            "excludes": setting.excludes,
+            "choices": setting.choices,
+        }
+        for name, setting in SETTINGS.items()
+    }
+
+
+def run_plan(args: argparse.Namespace) -> dict[str, Any]:
+    from blip3o_ds.planning.flops import train_flops_per_sample
+    from blip3o_ds.planning.memory import count_parameters, estimate_memory, recommend_zero
+
+    config = load_config(args)
+    checkpointing = config.train.activation_checkpointing
+    memory = estimate_memory(
+        config.model,
+        zero_stage=args.zero_stage,
+        world_size=args.gpus,
+        micro_batch_size=args.batch_size,
+        precision=config.train.precision,
+        activation_checkpointing=checkpointing,
+        ema=config.train.ema_decay > 0,
+    )
+    recommended, needs = recommend_zero(
+        config.model,
+        gpu_memory_gb=args.gpu_memory_gb,
+        world_size=args.gpus,
+        micro_batch_size=args.batch_size,
+        activation_checkpointing=checkpointing,
+    )
+    plan: dict[str, Any] = {
+        "parameters": count_parameters(config.model),
+        "train_tflops_per_sample": train_flops_per_sample(config.model, checkpointing) / 1e12,
+        "memory_gb": {name: getattr(memory, name) / 2**30 for name in (*memory.__dataclass_fields__, "total")},
+        "deepspeed_config": recommended,
+        "deepspeed_config_gb": needs,
+    }
+    print(f"{args.model_size or 'base'}: {plan['parameters'] / 1e6:.1f} M parameters")
+    print(f"train step: {plan['train_tflops_per_sample']:.3f} TFLOP a sample")
+    for name, value in plan["memory_gb"].items():
+        print(f"{name:>12}: {value:7.2f} GiB per GPU")
+    print("on " + ", ".join(f"{name} {need:.2f}" for name, need in needs.items()) + " GiB per GPU")
+    print(f"of {args.gpu_memory_gb:g} GiB: {_zero_advice(recommended, needs)}")
+    return plan
+
+
+def _zero_advice(recommended: str | None, needs: dict[str, float]) -> str:
+    if recommended is None:
+        return "nothing fits; lower --batch_size, or add --activation_checkpointing"
+    reason = "the least communication among those that fit"
+    if recommended == "zero1.json":
+        saved = needs["zero1.json"] - needs["zero3.json"]
+        reason = f"fits with the least communication; ZeRO-3 would save {saved:.2f} GiB and send half as much again"
+    return f"--deepspeed_config ds_configs/{recommended}, {reason}"
+
+
+def run_compare(args: argparse.Namespace) -> dict[str, Any]:
+    from blip3o_ds.evaluation.compare import compare, format_comparison
+
+    comparison = compare(args.runs)
+    print(format_comparison(comparison))
+    return comparison.to_dict()
+
+
+def run_slurm_render(args: argparse.Namespace) -> dict[str, Any]:
+    from blip3o_ds.planning.job_script import render_job
+
+    given = given_settings(args)
+    script = render_job(
+        {name: getattr(args, name.replace("-", "_")) for name in SBATCH_OPTIONS},
+        {
+            "DATA_DIR": given.get("data.train_dir"),
+            "OUTPUT_DIR": args.output_dir,
+            "MODEL_SIZE": args.model_size,
+            "DEEPSPEED_CONFIG": given.get("train.deepspeed_config"),
+            "MODULES": args.modules,
+        },
+    )
+    print(script, end="")
+    return {"script": script}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return value
