@@ -154,7 +154,7 @@ def encode_images(
     """
     spec = _dataset_spec(condition.spec, target.spec, token_layout, dtype)
     extra = {"condition_weights": condition.weights, "target_weights": target.weights}
-    with DatasetWriter.resume(dst, spec, samples_per_shard=samples_per_shard, extra=extra) as writer:
+    with DatasetWriter(dst, spec, samples_per_shard=samples_per_shard, extra=extra, resume=True) as writer:
         progress = _Progress(dst, log or _RateLog())
         todo = progress.skip_existing(records, writer.done_keys())
         decoded = _decode_ahead(todo, condition, target, lookahead=2 * batch_size)

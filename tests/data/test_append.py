@@ -146,7 +146,7 @@ def test_while_one_process_writes_into_a_folder_no_other_does(tmp_path):
         for write_too in (
             lambda: append(dst, [other]),
             lambda: repair(dst),
-            lambda: DatasetWriter.resume(dst, SPEC, samples_per_shard=3),
+            lambda: DatasetWriter(dst, SPEC, samples_per_shard=3, resume=True),
         ):
             with pytest.raises(DataError, match=rf"{dst}: another writer is at it"):
                 write_too()
@@ -168,7 +168,7 @@ def test_a_writer_lets_go_of_the_folder_however_it_ends(tmp_path):
     with finished:
         finished.write("a", {"eva": torch.zeros(4, 8), "clip": torch.zeros(4, 4)}, {})
     with pytest.raises(DataError, match="another specification") as refused:
-        DatasetWriter.resume(dst, SPEC.stored_as("bf16"))
+        DatasetWriter(dst, SPEC.stored_as("bf16"), resume=True)
     with pytest.raises(DataError, match="already holds shards") as refused_too:
         DatasetWriter(dst, SPEC)
     with sole_writer(dst):

@@ -306,7 +306,7 @@ def test_lines_of_many_writers_stay_whole(tmp_path):
         log = BadSamples("skip", "skip")
         log.write_to(tmp_path / "bad_samples.jsonl", rank)
         for i in range(50):
-            log.bad_sample("shard", f"{rank}-{i}", DataError("x" * 5000))
+            log.add("shard", f"{rank}-{i}", DataError("x" * 5000))
 
     threads = [threading.Thread(target=write, args=(rank,)) for rank in range(4)]
     for thread in threads:

@@ -151,7 +151,7 @@ def test_a_resumed_writer_makes_the_same_bytes_as_an_uninterrupted_one(tmp_path,
     assert sorted(contents(tmp_path / "resumed")) == ["shard_00000.tar", "shard_00000.tar.idx"]
     (tmp_path / "resumed" / ".shard_00001.tar.999.tmp").write_bytes(b"left by a kill")
     (tmp_path / "resumed" / "shard_00001.tar").write_bytes(b"renamed, but killed before its index")
-    with DatasetWriter.resume(tmp_path / "resumed", spec, 4) as writer:
+    with DatasetWriter(tmp_path / "resumed", spec, 4, resume=True) as writer:
         assert writer.done_keys() == {key for key, *_ in samples(4)}
         for sample in samples(10):
             if sample[0] not in writer.done_keys():
@@ -163,7 +163,7 @@ def test_a_resumed_writer_makes_the_same_bytes_as_an_uninterrupted_one(tmp_path,
 def test_resuming_with_another_spec_is_refused(dataset_dir, spec):
     dst = dataset_dir(4)
     with pytest.raises(DataError, match=r"shard_00000\.tar.*dtype: 'bf16' != 'fp16'"):
-        DatasetWriter.resume(dst, spec.stored_as("fp16"))
+        DatasetWriter(dst, spec.stored_as("fp16"), resume=True)
 
 
 def test_a_folder_with_shards_is_not_begun_anew(dataset_dir, spec):

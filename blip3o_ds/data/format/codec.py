@@ -1,7 +1,6 @@
-"""One sample's tensors as bytes and back: the cast to the stored dtype, the safetensors file, the check of it.
+"""A sample's tensors to bytes and back: the cast to the stored dtype, the safetensors file, the checks.
 
-In fp8-e4m3 every token has its own fp32 scale, amax / 448, and comes back as bf16; all other dtypes come back as
-they were stored.
+In fp8-e4m3 every token has its own fp32 scale, amax / 448, and is read as bf16; all other dtypes are read as stored.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from blip3o_ds.errors import DataError
 from blip3o_kernels import dequantize_fp8
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
-_PIECE_BYTES = 1 << 19  # half of the L2 cache of the cores of today
+_PIECE_BYTES = 1 << 19  # half of the L2 cache of a current core
 _LARGEST_SCALE = torch.finfo(torch.bfloat16).max / FP8_MAX
 
 _TORCH_DTYPES: dict[StorageDType, torch.dtype] = {
@@ -82,8 +81,8 @@ class Piece(NamedTuple):
 class SampleMemory(dict[str, Tensor]):
     """The contiguous CPU tensors that a sample is read into, by name, and their `pieces`.
 
-    A piece that was just read is checked while it is in the core's own cache. Made once for memory that is filled
-    again and again: to make the views takes longer than to read a small sample.
+    A piece that was just read is checked while it is in the core's cache. The views are made once for memory that is
+    filled many times: making them takes longer than reading a small sample.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -112,11 +111,6 @@ def stored_tensors(spec: DatasetSpec) -> list[StoredTensor]:
     return stored
 
 
-def read_dtype(dtype: StorageDType) -> torch.dtype:
-    """The dtype in which samples stored as `dtype` are handed out."""
-    return torch.bfloat16 if dtype == "fp8-e4m3" else _TORCH_DTYPES[dtype]
-
-
 def encode(values: Tensor, dtype: StorageDType) -> tuple[Tensor, Tensor | None]:
     """Cast `values` [N, D] to the stored dtype; for fp8-e4m3 also the scales [N] fp32 to multiply with."""
     values = values.detach().to("cpu")
@@ -131,7 +125,7 @@ def encode(values: Tensor, dtype: StorageDType) -> tuple[Tensor, Tensor | None]:
 
 
 def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """The values [..., D] that a reader gets for what `encode` stored; on the GPU in one pass."""
+    """The values [..., D] that a reader gets for what `encode` stored; on the GPU, one pass."""
     return stored if scale is None else dequantize_fp8(stored, scale)
 
 
@@ -173,7 +167,7 @@ def to_bytes(tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def parse_header(content: bytes | memoryview, spec: DatasetSpec, where: str) -> tuple[int, dict[str, int]]:
+def parse_header(content: bytes | bytearray, spec: DatasetSpec, where: str) -> tuple[int, dict[str, int]]:
     """Check a sample's safetensors header against `spec`.
 
     Returns the header's length in bytes and each tensor's offset from the start of the file. `where` names the

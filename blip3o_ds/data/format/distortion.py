@@ -1,6 +1,6 @@
-"""What storing embeddings in another dtype does to them: relative error and cosine of each token, summed up.
+"""What storing an embedding in another dtype changes: relative error and cosine of its tokens.
 
-The ridge regression's share of it, which needs both sides of a sample, is in `evaluation/storage.py`.
+What it does to a ridge regression, which needs condition and target together, is in `evaluation/storage.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Distortion:
-    """Gathers tokens as they were given and as they come back."""
+    """Compares tokens as they were given with the same tokens as they are read."""
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -26,9 +26,9 @@ class Distortion:
             self._cosines += len(given)
             return
         x, y = given.float(), stored.float()
-        # Squares of the largest and the smallest floats leave fp32's range, so each token is scaled by its largest.
-        scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        x, y = x / scale, y / scale
+        # Squares of the largest and the smallest floats leave fp32's range, so each token is divided by its largest.
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        x, y = x / largest, y / largest
         x_norm, y_norm = x.norm(dim=-1), y.norm(dim=-1)  # x_norm is at least 1, or 0 for a token of zeros
         zeros = x_norm == 0
         errors = torch.where(zeros, y_norm, (x - y).norm(dim=-1) / x_norm)
@@ -40,9 +40,9 @@ class Distortion:
         self._smallest_cosine = min(self._smallest_cosine, float(cosines.min()))
 
     def to_dict(self) -> dict[str, Any]:
-        """`tokens` counted, and of |given - stored| / |given| and the cosine the mean and the worst; None of no tokens.
+        """The `tokens` counted, and mean and worst of |given - stored| / |given| and of the cosine, None for no tokens.
 
-        The cosine is computed in fp32 and carries its rounding, some 1e-7.
+        The cosine is computed in fp32, so it is exact to about 1e-7.
         """
         if self._tokens == 0:
             return {"tokens": 0, "relative_error": None, "relative_error_max": None, "cosine": None, "cosine_min": None}

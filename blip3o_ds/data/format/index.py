@@ -1,8 +1,7 @@
 """The index beside a shard, `shard_00000.tar.idx`: where each sample lies in the tar, and the shard's statistics.
 
-It is a safetensors file of int64 offsets from the start of the tar, so opening it parses nothing per sample; a digest
-in it covers all of its content. It is written after the tar: a shard counts as complete only when its index is there
-and names the tar's size.
+It is a safetensors file of int64 offsets, so opening it parses nothing per sample. It is written after the tar, so a
+shard without one is incomplete.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write_bytes
 
-# All metadata sits under one name: safetensors writes its metadata map in no fixed order, and equal content must
-# give equal bytes.
+# All metadata is one entry: safetensors writes several in no fixed order, and equal content must give equal bytes.
 _METADATA_KEY = "blip3o_ds_index"
 _METADATA = ("format_version", "num_samples", "num_bytes", "sha256", "spec", "digest")
 MEMBERS = ("tensors_offset", "tensors_size", "meta_offset", "meta_size")
@@ -45,7 +43,7 @@ def check_tar_size(path: Path, num_bytes: int) -> None:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; copy the dataset again, whole, or write it again") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be looked at: {error.strerror}; see to the file system") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}; check the file system") from error
     if found != num_bytes:
         raise DataError(
             f"{path} has {found} bytes, expected {num_bytes}: it is truncated or was replaced; copy it again"
@@ -67,7 +65,7 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         """Write the index in one step."""
         keys = [key.encode() for key in self.keys]
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
             "key_offsets": np.cumsum([0, *map(len, keys)], dtype=np.int64),
             **self.members,
@@ -90,7 +88,7 @@ class ShardIndex:
 
     @staticmethod
     def load(path: Path) -> ShardIndex:
-        """Read and check an index; every fault is a DataError that names the file and the field."""
+        """Read and check an index; every error is a DataError that names the file and the field."""
         metadata, arrays = _read(path)
         if metadata.get("format_version") not in FORMAT_VERSIONS:
             raise DataError(
@@ -99,7 +97,7 @@ class ShardIndex:
             )
         if unknown := sorted(set(metadata) - set(_METADATA)):
             raise DataError(f"{path}: field {unknown[0]!r} is unknown; copy or write this shard again")
-        # A set that was begun before there were digests has none.
+        # The first indexes had no digest.
         if metadata.get("digest", found := _digest(metadata, arrays)) != found:
             raise DataError(f"{path}: its content does not match its digest; copy or write this shard again")
         spec = DatasetSpec.from_dict(metadata.get("spec"), path)
@@ -123,7 +121,7 @@ class ShardIndex:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
-        # Not by safetensors' memory map: a file that is cut short under a map ends the process.
+        # Not by safetensors' memory map: a file that is truncated under a map kills the process.
         content = path.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = json.loads(header["__metadata__"][_METADATA_KEY])
@@ -133,7 +131,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: its shard is incomplete; copy or write it again") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; see to the file system") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}; check the file system") from error
     except (KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise DataError(f"{path} is not a shard index ({error}); copy or write this shard again") from error
 
@@ -176,6 +174,10 @@ def _check(index: ShardIndex, num_samples: Any, path: Path) -> None:
     for tensor in stored_tensors(index.spec):
         if int(index.tensors[tensor.name].max()) + tensor.num_bytes > index.num_bytes:
             raise DataError(f"{path}: {tensor.name} ends outside the shard's {index.num_bytes} bytes")
+    _check_moments(index, count, path)
+
+
+def _check_moments(index: ShardIndex, count: int, path: Path) -> None:
     for name, moments in index.moments.items():
         num_tokens, dim = index.spec.shape(name)
         tokens = count * num_tokens

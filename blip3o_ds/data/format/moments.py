@@ -1,7 +1,7 @@
-"""Mean and variance of every channel, gathered in one pass over data that does not fit in memory.
+"""Mean and variance of every channel, in one pass over data that does not fit in memory.
 
-Sums of squared deviations are merged pairwise in float64 (Chan, Golub & LeVeque 1983), which loses nothing when
-the mean is large against the deviation.
+Sums of squared deviations are merged pairwise in float64 (Chan, Golub & LeVeque 1983), which stays accurate where the
+mean is large against the deviation.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ChannelMoments:
         return ChannelMoments(count, mean, m2)
 
     def without(self, other: ChannelMoments) -> ChannelMoments:
-        """The moments of what remains when `other`, a part of this, is taken out: the inverse of `merge`."""
+        """The moments of the rest when `other`, a part of this, is taken out: the inverse of `merge`."""
         count = self.count - other.count
         if count == 0 or other.count == 0:
             return ChannelMoments.empty(len(self.mean)) if count == 0 else self

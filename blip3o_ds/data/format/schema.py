@@ -22,6 +22,7 @@ Role = Literal["condition", "target"]
 MAKERS = "`blip3o-ds data convert SRC DST`, `data extract IMAGES DST` or `data demo DST`"
 SCALE_SUFFIX = "_scale"  # a sample holds the fp8-e4m3 scales of `eva` as `eva_scale`
 _TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_RESERVED_ENDINGS = (SCALE_SUFFIX, "_offset", "_size")  # the files use them
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class TensorSpec:
 
     def check(self, name: str) -> None:
         """Raise DataError, naming the field, for a value that no tensor can have; `name` is the tensor's."""
-        if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name) or name.endswith(SCALE_SUFFIX):
+        if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name) or name.endswith(_RESERVED_ENDINGS):
             raise DataError(
                 "tensors: a name must be lower-case letters, digits and '_', begin with a letter and not end with "
-                f"{SCALE_SUFFIX!r}, found {str(name)[:80]!r}"
+                f"{', '.join(_RESERVED_ENDINGS)}; found {str(name)[:80]!r}"
             )
         where = f"tensors.{name}"
         _check_positive(f"{where}.dim", self.dim)
@@ -194,10 +195,14 @@ def read_field(content: Any, name: str, kind: type, source: Path | str, parent: 
     if name not in content:
         raise DataError(f"{source}: field {label} is missing; write the dataset again with {MAKERS}")
     value = content[name]
-    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not 0 <= value < 1 << 63)):
+    if not isinstance(value, kind) or (kind is int and not _is_count(value)):
         expected = "non-negative integer" if kind is int else kind.__name__
         raise DataError(f"{source}: field {label} must be a {expected}, found {str(value)[:80]!r}")
     return value
+
+
+def _is_count(value: Any) -> bool:
+    return not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _read_tensors(content: dict[str, Any], source: Path | str) -> dict[str, TensorSpec]:

@@ -1,6 +1,6 @@
 """Splits that copy nothing: a part of another dataset's samples, chosen by a hash of each sample's key.
 
-A sample's side depends on its key and the fraction alone, so it stays where it was when samples are appended, and the
+A sample's part depends only on its key and the fraction, so it stays the same when samples are appended, and the
 held-out samples of a smaller fraction are among those of a larger one.
 """
 

@@ -89,8 +89,8 @@ def _lock(path: Path) -> int | None:
 class DatasetWriter:
     """Writes samples into shards of `samples_per_shard` and, on a clean exit, the manifest.
 
-    A context manager. Left by an exception, it keeps the shards that are complete and removes the one under way;
-    `DatasetWriter.resume` goes on from there and ends with the same bytes as an uninterrupted run. One process at a
+    A context manager. When an exception ends it, the complete shards stay and the unfinished one is removed; with
+    `resume`, another one continues after them and ends with the same bytes as an uninterrupted run. One process at a
     time writes into a folder.
     """
 
@@ -100,24 +100,37 @@ class DatasetWriter:
         spec: DatasetSpec,
         samples_per_shard: int = 512,
         extra: dict[str, Any] | None = None,
+        *,
+        resume: bool = False,
     ) -> None:
-        self._begin(Path(dst), spec, samples_per_shard, extra, resume=False)
-
-    @classmethod
-    def resume(
-        cls,
-        dst: str | Path,
-        spec: DatasetSpec,
-        samples_per_shard: int = 512,
-        extra: dict[str, Any] | None = None,
-    ) -> DatasetWriter:
-        """Go on after the complete shards in `dst`, if there are any; an unfinished last one is removed.
+        """With `resume`, continue after the complete shards in `dst`, if there are any; otherwise there must be none.
 
         Raises DataError when what is there has another spec, or a shard in the middle is missing or damaged.
         """
-        writer = cls.__new__(cls)
-        writer._begin(Path(dst), spec, samples_per_shard, extra, resume=True)
-        return writer
+        if samples_per_shard < 1:
+            raise DataError(f"samples_per_shard must be at least 1, found {samples_per_shard}")
+        self.spec = spec
+        self.extra = {} if extra is None else extra
+        self._dst = dst = Path(dst)
+        self._samples_per_shard = samples_per_shard
+        self._shards: list[ShardInfo] = []
+        self._keys: set[str] = set()
+        self._moments = no_moments(spec)
+        self._distortions = {name: Distortion() for name in spec.tensors}
+        self._shard: ShardWriter | None = None
+        self._failure: DataError | None = None
+        with contextlib.ExitStack() as lock:
+            try:
+                dst.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(sole_writer(dst))
+                if not resume and _is_started(dst):
+                    raise DataError(f"{dst} already holds shards; resume it, remove it, or choose another folder")
+                _remove_leftovers(dst)
+                for path in _complete_shards(dst):
+                    self._adopt(path)
+            except OSError as error:
+                raise _write_failed(dst, error) from error
+            self._lock = lock.pop_all()  # kept until the `with` block ends
 
     def write(self, key: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Append a sample: each tensor of the specification, [N, D], and `meta`, anything that JSON holds.
@@ -139,7 +152,7 @@ class DatasetWriter:
             if self._shard.num_samples >= self._samples_per_shard:
                 self._finish_shard(self._shard)
         except OSError as error:
-            # The tar may end in half a member now, so it goes, and no later sample may hide that.
+            # The tar may end in half a member now, so it is removed, and every later sample is refused.
             self._abort()
             self._failure = _write_failed(self._dst, error)
             raise self._failure from error
@@ -171,40 +184,12 @@ class DatasetWriter:
             finally:
                 self._abort()
 
-    def _begin(
-        self, dst: Path, spec: DatasetSpec, samples_per_shard: int, extra: dict[str, Any] | None, *, resume: bool
-    ) -> None:
-        if samples_per_shard < 1:
-            raise DataError(f"samples_per_shard must be at least 1, found {samples_per_shard}")
-        self.spec = spec
-        self.extra = {} if extra is None else extra
-        self._dst = dst
-        self._samples_per_shard = samples_per_shard
-        self._shards: list[ShardInfo] = []
-        self._keys: set[str] = set()
-        self._moments = no_moments(spec)
-        self._distortions = {name: Distortion() for name in spec.tensors}
-        self._shard: ShardWriter | None = None
-        self._failure: DataError | None = None
-        with contextlib.ExitStack() as lock:
-            try:
-                dst.mkdir(parents=True, exist_ok=True)
-                lock.enter_context(sole_writer(dst))
-                if not resume and _is_started(dst):
-                    raise DataError(f"{dst} already holds shards; resume it, remove it, or choose another folder")
-                _remove_leftovers(dst)
-                for path in _complete_shards(dst):
-                    self._adopt(path)
-            except OSError as error:
-                raise _write_failed(dst, error) from error
-            self._lock = lock.pop_all()  # kept from here to the end of the `with` block
-
     def _adopt(self, path: Path) -> None:
         index = ShardIndex.load(index_path(path))
         if index.spec != self.spec:
             raise DataError(
                 f"{path} was written with another specification, so it cannot be resumed "
-                f"({index.spec.differences(self.spec)}); choose another folder, or the settings it was begun with"
+                f"({index.spec.differences(self.spec)}); choose another folder, or the settings that it began with"
             )
         self._keys.update(index.keys)
         self._append(path.name, index)
@@ -316,7 +301,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Remove what was written."""
         error = DataError("shard abandoned")
-        # A full disk refuses the last buffered bytes as well; the file is on its way out, so that is no news.
+        # A full disk refuses the last buffered bytes as well; the file is removed, so they do not matter.
         with contextlib.suppress(DataError, OSError):
             self._pending.__exit__(DataError, error, None)
 
@@ -346,7 +331,7 @@ class ShardWriter:
 
 
 class _HashingFile:
-    """Counts and hashes what is written, so that nothing has to be read again for the checksum."""
+    """Counts and hashes what is written, so that nothing is read again for the checksum."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -389,7 +374,7 @@ def _remove_leftovers(dst: Path) -> None:
 
 
 def _check_key(key: str) -> None:
-    if not isinstance(key, str) or not key or any(sign in key for sign in "./\0\n"):
+    if not isinstance(key, str) or not key or any(character in key for character in "./\0\n"):
         raise DataError(
             f"key {key!r} must be text without '.', '/' and line breaks: a webdataset key ends at the first dot"
         )
@@ -409,5 +394,5 @@ def _meta_bytes(key: str, meta: dict[str, Any]) -> bytes:
 def _write_failed(dst: Path, error: OSError) -> DataError:
     return DataError(
         f"{dst}: writing failed: {error.strerror or error}; shards already complete are kept, "
-        "and the same command goes on from there once the disk takes more"
+        "and the same command continues after them once there is room"
     )

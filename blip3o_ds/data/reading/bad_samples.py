@@ -47,17 +47,19 @@ class BadSamples:
         """Append to `path` from now on; all ranks may share it."""
         self._path, self._rank = path, rank
 
-    def bad_sample(self, shard: str, key: str, error: DataError) -> None:
-        """Record a sample that cannot be read, or raise `error` if that is the policy."""
-        if self._on_bad_sample == "error":
+    def add(self, shard: str, key: str | None, error: DataError) -> None:
+        """Record a sample, or a whole shard if `key` is None, or raise `error` if that is the policy."""
+        if (self._on_bad_shard if key is None else self._on_bad_sample) == "error":
             raise error
-        self._record(shard, key, error)
-
-    def bad_shard(self, shard: str, error: DataError) -> None:
-        """Record a shard of which nothing can be read, or raise `error` if that is the policy."""
-        if self._on_bad_shard == "error":
-            raise error
-        self._record(shard, None, error)
+        with self._lock:
+            if (shard, key) in self._seen:
+                return
+            self._seen.add((shard, key))
+        logger.warning("bad %s, another takes its place: %s", "shard" if key is None else "sample", error)
+        if self._path is not None:
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            line = {"time": now, "rank": self._rank, "shard": shard, "key": key, "error": str(error)}
+            _append_line(self._path, line)
 
     def replaced(self) -> None:
         """Count a read that was given another sample."""
@@ -71,17 +73,6 @@ class BadSamples:
                 return
             self._slow.add(shard)
         logger.warning("%s: a read takes more than %.0f s; its file system is slow or does not answer", shard, seconds)
-
-    def _record(self, shard: str, key: str | None, error: DataError) -> None:
-        with self._lock:
-            if (shard, key) in self._seen:
-                return
-            self._seen.add((shard, key))
-        logger.warning("bad %s, another takes its place: %s", "shard" if key is None else "sample", error)
-        if self._path is not None:
-            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            line = {"time": now, "rank": self._rank, "shard": shard, "key": key, "error": str(error)}
-            _append_line(self._path, line)
 
 
 class Replacements:
@@ -119,12 +110,12 @@ class Replacements:
 
     def add_sample(self, place: Place, key: str, error: DataError) -> None:
         """Never try this sample again, or raise `error` if that is the policy."""
-        self._record.bad_sample(self._names[place[0]], key, error)
+        self._record.add(self._names[place[0]], key, error)
         self._bad_samples.add(place)
 
     def add_shard(self, shard: int, error: DataError) -> None:
         """Never try this shard again, or raise `error` if that is the policy."""
-        self._record.bad_shard(self._names[shard], error)
+        self._record.add(self._names[shard], None, error)
         self._bad_shards.add(shard)
 
 

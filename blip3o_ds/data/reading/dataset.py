@@ -43,7 +43,7 @@ class EmbeddingDataset:
     """A dataset opened for reading by (shard, index); shards open on first use. Safe for several threads.
 
     `location` is a folder, a URL (`https://`, `s3://`, `gs://`, …) or `pipe:COMMAND {name}`; shards that are not on a
-    file system are kept in at most `cache_gb` GiB of `cache_dir` (see `ShardCache`). Opening reads the manifest alone,
+    file system are kept in at most `cache_gb` GiB of `cache_dir` (see `ShardCache`). Opening reads only the manifest,
     however many shards there are. `max_shards` and `max_samples` keep only the first of each.
     `token_layout="patch_only"` reads a `cls_patch` dataset without token 0 (the manifest's statistics still include
     it). Raises DataError: here for a missing or wrong manifest, on reading for a missing or damaged shard.
@@ -100,7 +100,7 @@ class EmbeddingDataset:
         self._source.keep([self.manifest.shards[shard] for shard in shards])
 
     def close(self) -> None:
-        """Let go of all shards and end the reading ahead."""
+        """Close all shards and end the reading ahead."""
         self._source.close()
         with self._lock:
             self._open_shards.clear()
@@ -111,9 +111,9 @@ class EmbeddingDataset:
         return Sample(self.read_into(shard, index, out), decode_all(out))
 
     def read_into(self, shard: int, index: int, out: Mapping[str, Tensor]) -> str:
-        """Copy a sample as it is stored into a contiguous CPU tensor for each of `stored_tensors(spec)`, by its name.
+        """Copy a sample, as it is stored, into `out`, such as a batch's rows; returns its key.
 
-        Such as a batch's rows; returns the sample's key.
+        `out` has a contiguous CPU tensor for each of `stored_tensors(spec)`, by its name.
         """
         self._check_place(shard, index)
         for place in self._replacements.places(shard, index):
@@ -136,7 +136,7 @@ class EmbeddingDataset:
         raise DataError(f"{self.location}: none of its samples can be read; `blip3o-ds data verify` says why")
 
     def will_need(self, shard: int, index: int) -> bool:
-        """Have the system read a sample into the page cache in the background; False where there is nothing to do."""
+        """Have the system read a sample into the page cache in the background; False if there is nothing to do."""
         if not self._replacements.has_shard(shard):
             return False
         reader, row = self._locate(shard, index)
@@ -148,7 +148,7 @@ class EmbeddingDataset:
         return reader.meta(row)
 
     def keys(self, shard: int) -> list[str]:
-        """The keys of a shard's samples, in order, all of them whatever `max_samples`."""
+        """The keys of all samples of a shard, in order, whatever `max_samples`."""
         opened = self._opened(shard)
         keys = opened.reader.keys
         return keys if opened.rows is None else [keys[row] for row in opened.rows]

@@ -1,7 +1,7 @@
 """Batches for training and evaluation, read ahead by threads and copied ahead to the GPU.
 
-A step's samples depend on its position in the global order alone: every rank takes its slice of the same stretch,
-so another world size sees the same samples, and the state to save is one number.
+A step's samples depend only on its position in the global order: every rank takes its slice of the same stretch, so
+another world size sees the same samples, and the state to save is one number.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from blip3o_ds.data.format.codec import decode_all
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.order import GlobalOrder
-from blip3o_ds.data.reading.ring import Buffers, Step, StepRing
+from blip3o_ds.data.reading.ring import Step, StepRing
 from blip3o_ds.errors import DataError
 
 
@@ -47,13 +46,12 @@ class EmbeddingLoader:
     A step takes the next G = micro_batch_size * gradient_accumulation_steps * world_size positions; rank r the
     r-th of `world_size` contiguous slices, cut into micro-batches in order. Use as a context manager or `close()`.
 
-    On a CUDA `device` the batches arrive there, copied one ahead on a stream of its own, and belong to the caller. On
-    the CPU they are views of buffers that are used again: a step's batches are overwritten after the next call of
-    `next_step`, so use them before it, or clone what you keep.
+    On a CUDA `device` the batches arrive there, copied one ahead on a separate stream, and belong to the caller. On the
+    CPU they are views of buffers that are reused: a step's batches are overwritten after the next call of `next_step`,
+    so use them before it, or clone what you keep.
 
-    A bad sample is an error, or is replaced as `EmbeddingDataset` says; either way a position stays a position, so all
-    ranks do the same steps. Then a sound sample comes at its own position once an epoch, and once more for every bad
-    position that it fills; `positions` are those of the order, `keys` those of the samples that were read.
+    A bad sample is an error, or is replaced as `Replacements` says; all ranks do the same steps either way. `positions`
+    are those of the order, `keys` those of the samples that were read.
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class EmbeddingLoader:
 
     @property
     def num_replaced(self) -> int:
-        """Reads so far that were given another sample than the one at their place, those read ahead included."""
+        """Reads so far, those ahead included, that were given another sample than the one at their place."""
         return self._dataset.bad_samples.num_replaced
 
     def state_dict(self) -> dict[str, int]:
@@ -128,7 +126,7 @@ class EmbeddingLoader:
         return {"epoch": self._position // self._order.num_samples, "samples_consumed": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, with any world size or batch size."""
+        """Continue where `state` was taken, with any world size or batch size."""
         position = int(state["samples_consumed"])
         epoch = position // self._order.num_samples
         if position < 0 or int(state["epoch"]) != epoch:
@@ -148,9 +146,7 @@ class EmbeddingLoader:
     def __enter__(self) -> EmbeddingLoader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start(self) -> StepRing:
@@ -170,16 +166,14 @@ class EmbeddingLoader:
             self._ring = self._handed_out = None
 
     def _cut(self, step: Step) -> list[Batch]:
-        return [
-            _batch(step.buffers, step.keys, step.position, begin, begin + self._micro_batch_size)
-            for begin in range(0, self._share, self._micro_batch_size)
-        ]
-
-
-def _batch(buffers: Buffers, keys: list[str], position: int, begin: int, end: int) -> Batch:
-    """Rows `begin` to `end` as views; `position` is that of row 0."""
-    tensors = {name: tensor[begin:end] for name, tensor in buffers.tensors.items()}
-    return Batch(tensors, torch.arange(position + begin, position + end), keys[begin:end])
+        """The step's micro-batches, as views of its buffers."""
+        batches = []
+        for begin in range(0, self._share, self._micro_batch_size):
+            end = begin + self._micro_batch_size
+            tensors = {name: tensor[begin:end] for name, tensor in step.buffers.tensors.items()}
+            positions = torch.arange(step.position + begin, step.position + end)
+            batches.append(Batch(tensors, positions, step.keys[begin:end]))
+        return batches
 
 
 class _Upload(NamedTuple):
@@ -192,7 +186,7 @@ class _Upload(NamedTuple):
 
 
 class _Uploader:
-    """Copies micro-batches to the GPU on a stream of its own, the next one while the present one is worked on."""
+    """Copies micro-batches to the GPU on a separate stream, the next one while the current one is worked on."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
@@ -200,7 +194,7 @@ class _Uploader:
         self._ahead: _Upload | None = None
 
     def feed(self, step: Step, cut: Callable[[Step], list[Batch]], peek: Callable[[], Step | None]) -> Iterator[Batch]:
-        """The step's micro-batches on the GPU; while one is worked on, the next, of the next step too, is copied."""
+        """The step's micro-batches on the GPU; while one is worked on, the next is copied, also of the next step."""
         batches = cut(step)
         for number, batch in enumerate(batches):
             upload = self._ahead

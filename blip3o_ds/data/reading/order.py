@@ -1,7 +1,7 @@
 """The order in which samples are seen: a pure function of the seed, the epoch and the shards' sizes.
 
-Shards are permuted, then samples within each window of consecutive permuted shards, so reads stay within a few
-open files. Positions count samples over the endless concatenation of epochs, and no world size enters.
+Shards are permuted, then samples within each window of consecutive permuted shards, so reads stay within a few open
+files. Positions count samples over all epochs in a row, whatever the world size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Threads that read a rank's samples ahead, into a ring of buffers that are filled again and again.
+"""Threads that read a rank's samples ahead, into a ring of buffers that are reused.
 
-Each thread takes the next row that no other has, across the ends of steps, so none waits for another; a step is handed
-out when all of its rows are there, in order.
+Each thread takes the next row that no other has, also of the next step, so none waits for another; a step is handed out
+when all of its rows are there, in order.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from blip3o_ds.errors import DataError
 logger = logging.getLogger(__name__)
 
 _READ_THREADS = min(4, os.cpu_count() or 1)  # reading releases the interpreter lock; four saturate a memory channel
-_READAHEAD_BYTES = 512 << 20  # of this rank's coming samples that the system is asked to have in memory
+_READAHEAD_BYTES = 512 << 20  # of this rank's next samples that the system is asked to have in memory
 _READAHEAD_STEPS = 64  # at most, where samples are small
-_SURE_AFTER = 4  # steps in a row found in memory: then the next probably are too, and looking costs readers time,
-_LOOK_EVERY = 8  # so only one step of so many is looked at, until one is not there
+# Looking whether samples are in memory costs the readers time: after _SURE_AFTER steps in a row that were, only one
+# step of _LOOK_EVERY is looked at, until one is not in memory.
+_SURE_AFTER = 4
+_LOOK_EVERY = 8
 
 
 class Buffers:
@@ -107,7 +109,7 @@ class StepRing:
             reader.start()
 
     def get(self) -> Step:
-        """The next step; waits for it. An error is that of the step's first row that has one, at every call."""
+        """Wait for the next step. Raises, at every call, the error of the step's first row that has one."""
         with self._ready:
             while self._failure is None and not (self._steps and self._steps[0].left == 0):
                 if not self._ready.wait(SLOW_READ_SECONDS):
@@ -125,7 +127,7 @@ class StepRing:
             return step if step is not None and step.left == 0 and not step.errors else None
 
     def release(self, step: Step) -> None:
-        """Give the step's buffers back, to be overwritten as soon as the copies out of them to the GPU are done."""
+        """Return the step's buffers, to be overwritten once the copies out of them to the GPU are done."""
         with self._room:
             self._free.append(step.buffers)
             self._room.notify_all()
@@ -140,9 +142,11 @@ class StepRing:
         self._adviser.shutdown(cancel_futures=True)
 
     def _report_slow(self) -> None:
-        """Say which shards the next step waits for; a read that never ends would leave no other word."""
-        step = self._steps[0] if self._steps else None
-        for row in range(step.taken if step else 0):
+        """Warn of the shards that the next step waits for; a read that never ends shows nowhere else."""
+        if not self._steps:
+            return
+        step = self._steps[0]
+        for row in range(step.taken):
             if not step.keys[row] and row not in step.errors:
                 shard, _ = step.places[row]
                 self._dataset.bad_samples.slow(self._dataset.manifest.shards[shard].name, SLOW_READ_SECONDS)
@@ -162,7 +166,7 @@ class StepRing:
                 self._ready.notify_all()
 
     def _take(self, done: Step | None) -> tuple[Step, int] | None:
-        """Hand in a row of `done`; get the next one, in a new step if the last has none left, or None at the end."""
+        """Count a row of `done` as read; returns the next row to read, in a new step if need be, or None at the end."""
         with self._room:
             if done is not None:
                 done.left -= 1
@@ -198,11 +202,11 @@ class StepRing:
         return step
 
     def _looks_at(self, position: int) -> bool:
-        """Whether to ask for the samples of the step at this position, where they are not in memory."""
+        """Whether to look if the samples of the step at this position are in memory, and ask for the others."""
         return self._steps_in_memory < _SURE_AFTER or position // self._stride % _LOOK_EVERY == 0
 
     def _advise(self, position: int, places: list[tuple[int, int]]) -> None:
-        if not self._looks_at(position):  # any more
+        if not self._looks_at(position):  # no longer, since it was submitted
             return
         asked = False
         for shard, index in places:
@@ -211,7 +215,7 @@ class StepRing:
             try:
                 asked |= self._dataset.will_need(shard, index)
             except (DataError, OSError) as error:
-                # Not this thread's to raise: reading comes to the same sample, in its turn.
+                # The thread that reads this sample will raise it.
                 logger.debug("no readahead of sample %d of shard %d: %s", index, shard, error)
                 return
         self._steps_in_memory = 0 if asked else self._steps_in_memory + 1

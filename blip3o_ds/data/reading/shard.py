@@ -55,9 +55,9 @@ class Sample:
 class ShardReader:
     """Reads samples of one shard through its index. Safe to use from several threads.
 
-    A sample comes by `preadv` straight into the caller's tensors. That is about as fast as a copy out of a memory map
-    from the page cache, a few large requests instead of a fault for every few pages where the file is far away, and a
-    DataError instead of the end of the process where the file was cut short under it.
+    `preadv` reads a sample straight into the caller's tensors. From the page cache that is about as fast as a copy out
+    of a memory map; from a remote file system it is a few large requests instead of one for every few pages; and where
+    the file is truncated meanwhile it is a DataError, where a map kills the process.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -113,7 +113,7 @@ class ShardReader:
         return self.keys[i]
 
     def will_need(self, i: int) -> bool:
-        """Have the system read sample `i` into the page cache in the background; False where it is there already."""
+        """Have the system read sample `i` into the page cache in the background; False if it is there already."""
         start, size = (int(self.index.members[name][i]) for name in ("tensors_offset", "tensors_size"))
         if self._is_cached(start) and self._is_cached(start + size - 1):
             return False
@@ -134,7 +134,7 @@ class ShardReader:
         return f"{self.path}: sample {self.keys[i]}"
 
     def _common_header(self) -> tuple[bytearray, dict[str, int], list[StoredTensor]]:
-        """The header of the first sample that has a sound one; the others need one comparison of bytes with it."""
+        """The header of the first sample that has a sound one; all others must have the same bytes."""
         errors = []
         for i in range(len(self)):
             try:
@@ -158,16 +158,14 @@ class ShardReader:
             try:
                 count = os.preadv(self._file.fileno(), pieces, offset)
             except OSError as error:
-                raise DataError(
-                    f"{self._where(i)}: reading failed: {error.strerror}; see to the file system"
-                ) from error
+                raise DataError(f"{self._where(i)}: reading failed: {error.strerror}; check the file system") from error
             offset += count
             if offset == end:
                 return end
             if count == 0:
                 raise DataError(
-                    f"{self._where(i)}: the file ends before the sample does (nothing at byte {offset}): it was cut "
-                    "short while it was read; copy it again"
+                    f"{self._where(i)}: the file ends before the sample does (nothing at byte {offset}): it was "
+                    "truncated while it was read; copy it again"
                 )
             while count >= len(pieces[0]):
                 count -= len(pieces.pop(0))

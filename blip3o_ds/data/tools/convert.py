@@ -131,7 +131,7 @@ def _find_sources(src: Path, token_layout: TokenLayout | None) -> list[Path]:
 
 def _open_writer(dst: Path, spec: DatasetSpec, samples_per_shard: int, sources: list[Path]) -> DatasetWriter:
     extra = {"converted_from": [path.name for path in sources]}
-    return DatasetWriter.resume(dst, spec, samples_per_shard, extra)
+    return DatasetWriter(dst, spec, samples_per_shard, extra, resume=True)
 
 
 def _write_shard(writer: DatasetWriter, shard: _PickledShard, seen: set[str], done: set[str]) -> None:

@@ -32,7 +32,7 @@ def recast(
         raise DataError(f"{dst}: source and destination are the same folder; give another destination")
     spec = dataset.spec.stored_as(dtype)
     extra = {**dataset.manifest.extra, "recast_from": dataset.manifest.spec.dtypes}
-    with DatasetWriter.resume(dst, spec, samples_per_shard, extra) as writer:
+    with DatasetWriter(dst, spec, samples_per_shard, extra, resume=True) as writer:
         done = writer.done_keys()
         seen: set[str] = set()
         for shard, size in enumerate(tqdm(dataset.shard_sizes, desc="convert", unit="shard", disable=None)):
