@@ -1,11 +1,12 @@
-"""Writing files so that a reader sees the whole file or none of it.
+"""Files that other processes may read or write at the same time: atomic writing, SHA-256, locks, and reading JSON.
 
-Everything is written under a temporary name in the same folder, synced, and renamed; a failure removes the
-temporary file and leaves what was there before.
+A reader sees a whole file or none: everything is written under a temporary name in the same folder, synced and renamed,
+and a failure leaves what was there before.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from blip3o_ds.errors import Blip3oError, DataError
 
 
 @contextmanager
@@ -41,7 +44,7 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def atomic_write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON; NaN and infinity are refused, since JSON has no word for them."""
+    """Write `content` as indented JSON; NaN and infinity are refused, since JSON cannot express them."""
     text = json.dumps(content, indent=2, allow_nan=False)
     atomic_write_bytes(path, (text + "\n").encode())
 
@@ -68,13 +71,117 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     fsync_dir(path.parent)
 
 
+def read_json(path: str | Path, error: type[Blip3oError] = DataError, remedy: str = "write it again") -> dict[str, Any]:
+    """The JSON object in the file `path`; raises `error`, which names the file, what was found, and the remedy."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise error(f"{path} is missing; {remedy}") from None
+    except OSError as failure:
+        raise error(f"{path} cannot be read: {failure.strerror}; check the file system") from failure
+    return parse_json(content, path, error, remedy)
+
+
+def parse_json(
+    content: bytes, source: str | Path, error: type[Blip3oError] = DataError, remedy: str = "write it again"
+) -> dict[str, Any]:
+    """The JSON object in `content`, which was read from the file or URL `source`."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{source} is not JSON ({failure}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise error(f"{source}: expected a JSON object, found {type(found).__name__}; {remedy}")
+    return found
+
+
+class HashingFile:
+    """A binary file that counts and hashes what is read or written, so that no checksum needs a second pass."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal, as `sha256sum` prints it."""
+        return self._digest.hexdigest()
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(size)
+        self._count(content)
+        return content
+
+    def write(self, content: Any) -> int:
+        written = self._file.write(content)
+        self._count(content)
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def _count(self, content: Any) -> None:
+        self._digest.update(content)
+        self.num_bytes += len(content)
+
+
 def sha256_file(path: str | Path, chunk_bytes: int = 1 << 22) -> str:
-    """Hexadecimal SHA-256 of a file's content, as `sha256sum` prints it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(chunk_bytes):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """Hexadecimal SHA-256 of a file's content."""
+    with open(path, "rb") as raw:
+        file = HashingFile(raw)
+        while file.read(chunk_bytes):
+            pass
+    return file.sha256
+
+
+class FileLock:
+    """A lock on the file `path`, held until `release`, the end of the process, or until nobody refers to this object.
+
+    The file is created if needed and never removed: a process that waits for a removed file and one that creates it
+    again would both hold the lock. On a network file system the other hosts see the lock.
+
+    Raises:
+        BlockingIOError: `wait` is false and another process holds the lock.
+        OSError: the file cannot be created, or its file system has no locks.
+    """
+
+    def __init__(self, path: str | Path, *, shared: bool = False, wait: bool = True) -> None:
+        self._descriptor: int | None = None
+        self._owner = os.getpid()
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        while self._descriptor is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+                if _is_same_file(descriptor, path):  # unless a user removed it between the two calls
+                    self._descriptor = descriptor
+            finally:
+                if self._descriptor is None:
+                    os.close(descriptor)
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        if self._descriptor is None:
+            return
+        if os.getpid() == self._owner:  # a forked process has a copy, so closing is not enough
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    __del__ = release
+
+
+def _is_same_file(descriptor: int, path: str | Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def fsync_dir(path: str | Path) -> None:

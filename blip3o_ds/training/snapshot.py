@@ -7,7 +7,6 @@ disk. What it reads is unpickled with tensors, plain containers and the few clas
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from blip3o_ds.files import sha256_file
+from blip3o_ds.files import HashingFile, sha256_file
 
 ADMITTED = [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
 
@@ -75,28 +74,11 @@ def write_verified(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, An
         OSError: it cannot be written, or the disk gives back something else than it was given.
     """
     with open(path, "wb") as file:
-        hashed = _HashingFile(file)
+        hashed = HashingFile(file)
         write(hashed)
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk below
-    if sha256_file(path) != hashed.digest.hexdigest():
+    if sha256_file(path) != hashed.sha256:
         raise OSError(f"{path}: read back, it is not what was written; the storage is faulty or full")
-    return {"bytes": hashed.size, "sha256": hashed.digest.hexdigest()}
-
-
-class _HashingFile:
-    """The part of a binary file that `torch.save` needs, which hashes what passes through."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, content: Any) -> int:
-        self.digest.update(content)
-        self.size += len(content)
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        self._file.flush()
+    return {"bytes": hashed.num_bytes, "sha256": hashed.sha256}

@@ -6,14 +6,13 @@ It takes what the writer writes (regular files, with pax headers for long names)
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from blip3o_ds.errors import DataError
+from blip3o_ds.files import HashingFile
 
 _CHUNK_BYTES = 1 << 20
 _MAX_PAX_BYTES = 1 << 16
@@ -47,39 +46,27 @@ class TarWalk:
     def __iter__(self) -> Iterator[Member]:
         try:
             with open(self.path, "rb") as raw:
-                file = _HashedFile(raw)
+                file = HashingFile(raw)
                 try:
                     yield from _samples(file, self.path.stat().st_size)
                 except (DataError, tarfile.HeaderError) as error:
                     self.damage = str(error)
-                file.drain()
+                while file.read(_CHUNK_BYTES):
+                    pass
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror}); see to the file system") from error
-        self.num_bytes, self.sha256 = file.position, file.digest.hexdigest()
+        self.num_bytes, self.sha256 = file.num_bytes, file.sha256
 
 
-class _HashedFile:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.position = 0
-
-    def read(self, size: int) -> bytes:
-        start = self.position
-        content = self._file.read(size)
-        self.digest.update(content)
-        self.position += len(content)
-        if len(content) != size:
-            raise DataError(f"the file ends at byte {self.position}, within {size} bytes that begin at {start}")
-        return content
-
-    def drain(self) -> None:
-        while content := self._file.read(_CHUNK_BYTES):
-            self.digest.update(content)
-            self.position += len(content)
+def _read(file: HashingFile, size: int) -> bytes:
+    start = file.num_bytes
+    content = file.read(size)
+    if len(content) != size:
+        raise DataError(f"the file ends at byte {file.num_bytes}, within {size} bytes that begin at {start}")
+    return content
 
 
-def _samples(file: _HashedFile, file_bytes: int) -> Iterator[Member]:
+def _samples(file: HashingFile, file_bytes: int) -> Iterator[Member]:
     half: Member | None = None  # the .safetensors that waits for its .json
     for name, offset, content in _members(file, file_bytes):
         key, _, suffix = name.partition(".")
@@ -99,23 +86,23 @@ def _samples(file: _HashedFile, file_bytes: int) -> Iterator[Member]:
         yield half
 
 
-def _members(file: _HashedFile, file_bytes: int) -> Iterator[tuple[str, int, bytes]]:
+def _members(file: HashingFile, file_bytes: int) -> Iterator[tuple[str, int, bytes]]:
     """Name, offset and content of every file in the tar."""
     long_name = None
-    while any(block := file.read(tarfile.BLOCKSIZE)):
+    while any(block := _read(file, tarfile.BLOCKSIZE)):
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        start = file.position
+        start = file.num_bytes
         name = info.name if long_name is None else long_name
         if not 0 <= info.size <= file_bytes - start:
             raise DataError(f"{name!r} claims {info.size} bytes at byte {start} of {file_bytes}")
         if info.type == tarfile.XHDTYPE and info.size <= _MAX_PAX_BYTES:
-            long_name = _pax_path(file.read(info.size))
+            long_name = _pax_path(_read(file, info.size))
         elif info.type in _REGULAR:
-            yield name, start, file.read(info.size)
+            yield name, start, _read(file, info.size)
             long_name = None
         else:
             raise DataError(f"{name!r} is not a regular file (type {info.type!r})")
-        file.read(-info.size % tarfile.BLOCKSIZE)
+        _read(file, -info.size % tarfile.BLOCKSIZE)
 
 
 def _pax_path(content: bytes) -> str | None:

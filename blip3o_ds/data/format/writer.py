@@ -7,17 +7,14 @@ would have written.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import logging
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,7 +26,7 @@ from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from blip3o_ds.data.format.moments import merge_moments, no_moments, sample_moments, stats_of_moments
 from blip3o_ds.data.format.schema import SCALE_SUFFIX, DatasetSpec
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write
+from blip3o_ds.files import FileLock, HashingFile, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -39,51 +36,24 @@ _LEFTOVER_NAME = re.compile(r"\.(shard_\d{5,}\.tar(\.idx)?|manifest\.json)\.\d+\
 
 
 class BusyFolder(DataError):
-    """Another writer is at a dataset's folder."""
+    """Another process is writing into a dataset's folder."""
 
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Keep other writers of this project out of a dataset's folder; raises BusyFolder where one is in it.
 
-    The lock is on a file in the folder, so that a network file system can tell its other hosts; it ends with the
-    process and the file is of no account after that. Where there are no locks, or no folder, nobody is kept out.
+    The lock file stays, and means nothing while no process holds its lock. Where there are no locks, or no folder,
+    nobody is kept out.
     """
-    path = folder / _LOCK_NAME
-    descriptor = _lock(path)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # what counts is the lock; a file that stays is locked again
-                path.unlink()
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked process has a copy
-            os.close(descriptor)
-
-
-def _lock(path: Path) -> int | None:
-    """The descriptor of the locked file, made if need be; None where that cannot be."""
-    while True:
+    with contextlib.ExitStack() as stack:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:  # the caller comes to it, and says what it means
-            logger.debug("%s: no lock: %s", path, error)
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except FileNotFoundError:
-            pass
+            stack.enter_context(FileLock(folder / _LOCK_NAME, wait=False))
         except BlockingIOError:
-            os.close(descriptor)
-            raise BusyFolder(f"{path.parent}: another writer is at it; wait for its end, or end it") from None
-        except OSError as error:
-            logger.debug("%s: no lock: %s", path, error)
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
-            return None
-        os.close(descriptor)  # the writer before removed the file between the two calls; lock the new one
+            raise BusyFolder(f"{folder}: another process is writing; wait until it ends, or end it") from None
+        except OSError as error:  # a missing folder is reported where it is read or written
+            logger.debug("%s: no lock: %s", folder, error)
+        yield
 
 
 class DatasetWriter:
@@ -229,7 +199,7 @@ class ShardWriter:
         self._spec = spec
         self._distortions = distortions
         self._pending = atomic_write(path)
-        self._tar = _HashingFile(self._pending.__enter__())
+        self._tar = HashingFile(self._pending.__enter__())
         self._keys: list[str] = []
         self._members: dict[str, list[int]] = {
             name: [] for name in ("tensors_offset", "tensors_size", "meta_offset", "meta_size")
@@ -286,7 +256,7 @@ class ShardWriter:
             spec=self._spec,
             keys=self._keys,
             num_bytes=self._tar.num_bytes,
-            sha256=self._tar.digest.hexdigest(),
+            sha256=self._tar.sha256,
             members={name: np.array(values, dtype=np.int64) for name, values in self._members.items()},
             tensors={name: np.array(values, dtype=np.int64) for name, values in self._tensors.items()},
             moments=self._moments,
@@ -328,20 +298,6 @@ class ShardWriter:
         self._members[f"{kind}_offset"].append(start)
         self._members[f"{kind}_size"].append(len(content))
         return start
-
-
-class _HashingFile:
-    """Counts and hashes what is written, so that nothing is read again for the checksum."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, content: bytes) -> None:
-        self._file.write(content)
-        self.digest.update(content)
-        self.num_bytes += len(content)
 
 
 def shard_paths(dataset_dir: Path) -> list[Path]:

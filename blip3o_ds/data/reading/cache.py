@@ -1,13 +1,14 @@
 """The shards of remote datasets on this node: downloaded once, whichever process asks, and kept within a bound.
 
-A shard is filed under its checksum, so datasets that share shards share their copies. Locks are `flock`s, which end
-with the process that holds them: the folder must be on a disk of this node.
+A shard is filed under its checksum, so datasets that share shards share their copies. fsspec's own caches (`filecache`,
+`blockcache`) lack what training needs: a bound on the size that all processes of the node share, eviction that spares
+the shards in use, a checksum before the first use, and one download for each shard and node. The folder must be on a
+disk of this node.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import tempfile
@@ -22,7 +23,7 @@ from blip3o_ds.data.format.index import ShardIndex, index_path
 from blip3o_ds.data.format.manifest import ShardInfo
 from blip3o_ds.data.reading.remote import RemoteFolder, TransferError
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write_bytes, fsync_dir
+from blip3o_ds.files import FileLock, atomic_write_bytes, fsync_dir
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +40,11 @@ class CacheFull(DataError):
 
 
 class ShardLease:
-    """A shard in the cache that is not evicted until `close`, or until nobody holds this."""
+    """A shard in the cache that is not evicted until `close`, or until nobody refers to this."""
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: FileLock) -> None:
         self.path = path
-        self._lock: int | None = lock
-
-    def close(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    __del__ = close
+        self.close = lock.release
 
 
 class ShardCache:
@@ -75,9 +69,9 @@ class ShardCache:
         folder = self._dir / info.sha256[:32]
         folder.mkdir(exist_ok=True)
         path = folder / info.name
-        lease = ShardLease(path, _lock(folder / "in_use.lock", fcntl.LOCK_SH))
+        lease = ShardLease(path, FileLock(folder / "in_use.lock", shared=True))
         if not _is_complete(path, info):
-            with _locked(folder / "fetch.lock"):
+            with FileLock(folder / "fetch.lock"):
                 if not _is_complete(path, info):  # another process may have been faster
                     self._fetch(remote, info, path, share, time.monotonic() + wait_seconds)
         os.utime(path)
@@ -115,7 +109,7 @@ class ShardCache:
         """Make `part` with its final size, which counts against the bound from now on, after evicting for it."""
         bound = int(self._bound * share)
         while True:
-            with _locked(self._dir / "cache.lock"):
+            with FileLock(self._dir / "cache.lock"):
                 in_use = self._make_room(bound - num_bytes)
                 if in_use <= bound - num_bytes:
                     with open(part, "wb") as file:
@@ -169,14 +163,12 @@ def _entries(cache_dir: Path) -> Iterator[_Entry]:
 
 def _evict(entry: _Entry) -> bool:
     try:
-        lock = _lock(entry.folder / "in_use.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = FileLock(entry.folder / "in_use.lock", wait=False)
     except BlockingIOError:
         return False
-    try:
+    with lock:
         for path in entry.files:
             path.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
     logger.info("evicted %s (%.2f GiB)", entry.folder, entry.num_bytes / _GIB)
     return True
 
@@ -196,26 +188,6 @@ def _is_complete(path: Path, info: ShardInfo) -> bool:
         return path.stat().st_size == info.num_bytes and index_path(path).exists()
     except FileNotFoundError:
         return False
-
-
-def _lock(path: Path, kind: int) -> int:
-    """Lock a file, made if need be; closing the descriptor unlocks it. It is never removed, or two could hold it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, kind)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = _lock(path, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class _Prefetcher:

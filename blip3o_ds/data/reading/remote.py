@@ -1,26 +1,29 @@
-"""Reading the files of a dataset behind a URL, with retries and checks.
+"""Reading the files of a dataset behind a URL or a command, with retries and checks.
 
-`http(s)://` is read with the standard library, `pipe:` through webdataset, every other scheme (`s3://`, `gs://`, …)
-through fsspec. Whatever fails on the way is tried again; what the other side refuses is not.
+Every scheme goes through fsspec, and `pipe:` through a subprocess. Whatever fails on the way is tried again; what the
+other side refuses is not.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.client
+import asyncio
+import errno
 import logging
 import os
 import random
+import re
 import shlex
+import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, TypeVar
+
+import fsspec
 
 from blip3o_ds.errors import DataError
+from blip3o_ds.files import HashingFile
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +32,14 @@ TIMEOUT_SECONDS = 30.0  # without a byte
 FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubled each time, with jitter so that nodes spread out
 _CHUNK_BYTES = 1 << 20
 _BUSY_STATUS = (408, 425, 429)  # HTTP's ways of saying "later", besides 5xx
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # our own disk's: another attempt would not help
 _PIPE = "pipe:"
 
 _T = TypeVar("_T")
 
 
 class TransferError(Exception):
-    """What arrived is not what was sent; another attempt may do better."""
+    """What arrived is not what was sent; another attempt may succeed."""
 
 
 def is_remote(location: str | Path) -> bool:
@@ -50,8 +54,11 @@ class RemoteFolder:
     """
 
     def __init__(self, location: str) -> None:
-        if location.startswith(_PIPE) and "{name}" not in location:
-            raise DataError(f"{location}: a pipe must say where the file's name goes, as {{name}}")
+        if location.startswith(_PIPE):
+            if "{name}" not in location:
+                raise DataError(f"{location}: a pipe must say where the file's name goes, as {{name}}")
+        elif "::" in re.sub(r"\[.*?\]", "", location):  # which may hold an IPv6 address
+            raise DataError(f"{location}: chained file systems (`::`) can run code; give the URL of the dataset itself")
         self._location = location
 
     def url(self, name: str) -> str:
@@ -60,7 +67,7 @@ class RemoteFolder:
         return f"{self._location.rstrip('/')}/{name}"
 
     def read(self, name: str, check: Callable[[bytes], None] = lambda content: None) -> bytes:
-        """A small file whole. `check` raises TransferError for content that another attempt may mend."""
+        """A small file whole. `check` raises TransferError for content that another attempt may correct."""
 
         def attempt() -> bytes:
             content = b"".join(_chunks(self.url(name)))
@@ -70,94 +77,97 @@ class RemoteFolder:
         return _with_retries(self.url(name), attempt)
 
     def download(self, name: str, path: Path, num_bytes: int, sha256: str) -> None:
-        """Write a file of `num_bytes` to `path` and sync it; raises DataError unless its SHA-256 is `sha256`."""
+        """Write a file to `path` and sync it; raises DataError unless it has `num_bytes` and the SHA-256 `sha256`."""
 
         def attempt() -> None:
-            digest, found = hashlib.sha256(), 0
-            with open(path, "r+b") as file:
+            with open(path, "r+b") as raw:
+                file = HashingFile(raw)
                 for chunk in _chunks(self.url(name)):
-                    found += len(chunk)
-                    if found > num_bytes:
-                        break
-                    digest.update(chunk)
-                    _write(file, chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            if found != num_bytes:
-                more = "more than " if found > num_bytes else ""
-                raise TransferError(f"found {more}{min(found, num_bytes)} bytes, the manifest says {num_bytes}")
-            if digest.hexdigest() != sha256:
-                raise TransferError(f"found SHA-256 {digest.hexdigest()}, the manifest says {sha256}")
+                    if file.num_bytes + len(chunk) > num_bytes:
+                        raise TransferError(f"found more than the {num_bytes} bytes that the manifest says")
+                    file.write(chunk)
+                raw.flush()
+                os.fsync(raw.fileno())
+            if file.num_bytes != num_bytes:
+                raise TransferError(f"found {file.num_bytes} bytes, the manifest says {num_bytes}")
+            if file.sha256 != sha256:
+                raise TransferError(f"found SHA-256 {file.sha256}, the manifest says {sha256}")
 
         _with_retries(self.url(name), attempt)
 
 
 def _with_retries(url: str, attempt: Callable[[], _T]) -> _T:
-    pause = FIRST_PAUSE_SECONDS
-    for number in range(1, ATTEMPTS + 1):
+    number, pause = 1, FIRST_PAUSE_SECONDS
+    while True:
         try:
             return attempt()
-        except DataError:
-            raise
         except Exception as error:  # each backend has its own kinds; the last one is raised as the cause
+            if isinstance(error, DataError) or getattr(error, "errno", None) in _DISK_ERRORS:
+                raise
+            message = f"no byte for {TIMEOUT_SECONDS:g} s" if isinstance(error, asyncio.TimeoutError) else str(error)
             if number == ATTEMPTS:
                 raise DataError(
-                    f"{url}: {error} (attempt {number} of {ATTEMPTS}); check the URL and the network, and that the "
+                    f"{url}: {message} (attempt {number} of {ATTEMPTS}); check the URL and the network, and that the "
                     "files there are those of the manifest beside them"
                 ) from error
-            logger.warning("%s: %s; trying again in about %.1f s", url, error, pause)
-            time.sleep(pause * random.uniform(0.5, 1.5))
-            pause *= 2
-    raise AssertionError("unreachable")
+        logger.warning("%s: %s; trying again in about %.1f s", url, message, pause)
+        time.sleep(pause * random.uniform(0.5, 1.5))
+        number, pause = number + 1, 2 * pause
 
 
 def _chunks(url: str) -> Iterator[bytes]:
-    with contextlib.closing(_open(url)) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            yield chunk
-        # http.client ends a body that was cut as if it were whole.
-        if isinstance(stream, http.client.HTTPResponse) and stream.length:
-            raise TransferError(f"the connection was closed {stream.length} bytes before the end")
-
-
-def _open(url: str) -> BinaryIO | http.client.HTTPResponse:
-    if url.startswith(("http://", "https://")):
-        return _open_http(url)
-    if url.startswith(_PIPE):
-        from webdataset.gopen import gopen
-
-        return gopen(url)
-    return _open_fsspec(url)
-
-
-def _open_http(url: str) -> http.client.HTTPResponse:
-    request = urllib.request.Request(url, headers={"User-Agent": "blip3o-ds", "Accept-Encoding": "identity"})
     try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code >= 500 or error.code in _BUSY_STATUS:
-            raise TransferError(f"HTTP status {error.code} {error.reason}") from error
-        raise DataError(f"{url}: HTTP status {error.code} {error.reason}; check the URL and the permissions") from error
-
-
-def _open_fsspec(url: str) -> BinaryIO:
-    import fsspec
-
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-        return files.open(path, "rb")
-    except ImportError as error:
-        raise DataError(f"{url}: {error}; `pip install blip3o-ds[remote]` brings what s3:// and gs:// need") from error
-    except (FileNotFoundError, PermissionError, ValueError) as error:  # ValueError: no such scheme
-        raise DataError(f"{url}: {error or type(error).__name__}; check the URL and the permissions") from error
-
-
-def _write(file: BinaryIO, chunk: bytes) -> None:
-    try:
-        file.write(chunk)
-    except OSError as error:  # our own disk: another attempt would not help
+        with _open(url) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk
+    except (FileNotFoundError, PermissionError, ImportError, TypeError, ValueError) as error:  # of the scheme, too
         raise DataError(
-            f"{file.name}: writing failed ({error.strerror}); give data.cache_dir a disk with more room, or lower "
-            "data.cache_gb"
+            f"{url}: {str(error) or type(error).__name__}; check the URL and the permissions (s3:// and gs:// need "
+            "`pip install blip3o-ds[remote]`)"
         ) from error
+
+
+def _open(url: str) -> AbstractContextManager[Any]:
+    scheme = url.partition(":")[0]
+    if scheme == "pipe":
+        return _open_pipe(url.removeprefix(_PIPE))
+    if scheme in ("http", "https"):
+        return _open_http(url)
+    files = fsspec.get_filesystem_class(scheme)
+    return files(**files._get_kwargs_from_urls(url)).open(url, "rb")
+
+
+@contextmanager
+def _open_pipe(command: str) -> Iterator[Any]:
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        try:
+            yield process.stdout
+        except BaseException:
+            process.kill()  # nobody reads on
+            raise
+    if process.returncode:
+        raise TransferError(f"the command ended with exit status {process.returncode}")
+
+
+@contextmanager
+def _open_http(url: str) -> Iterator[Any]:
+    import aiohttp
+
+    options = {
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS),
+        "headers": {"Accept-Encoding": "identity"},
+        "raise_for_status": True,
+        "trust_env": True,  # for the proxies named there
+    }
+    files = fsspec.filesystem("http", block_size=0, client_kwargs=options)  # block_size 0: one stream
+    try:
+        with files.open(url, size=1) as stream:  # any size, or it would be asked for with another request
+            yield stream
+    except aiohttp.ClientResponseError as error:
+        is_passing = error.status >= 500 or error.status in _BUSY_STATUS
+        raise (TransferError if is_passing else PermissionError)(
+            f"HTTP status {error.status} {error.message}"
+        ) from error
+    except aiohttp.ClientPayloadError as error:
+        missing = stream.r.content_length - stream.r.content.total_bytes
+        raise TransferError(f"the connection was closed {missing} bytes before the end") from error

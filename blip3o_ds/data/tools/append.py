@@ -6,7 +6,6 @@ Tars are linked, or copied where a link is not possible, and count only when the
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from blip3o_ds.data.format.moments import merge_moments, moments_of_stats, stats
 from blip3o_ds.data.format.selection import key_hashes
 from blip3o_ds.data.format.writer import sole_writer
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write, fsync_dir
+from blip3o_ds.files import HashingFile, atomic_write, fsync_dir
 
 _READ_THREADS = 8  # indexes are small files, and on a network file system each costs a round trip
 _COPY_BYTES = 1 << 22
@@ -140,13 +139,12 @@ def _link_or_copy(source: Path, target: Path, sha256: str | None = None) -> None
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-    digest = hashlib.sha256()
     with open(source, "rb") as reading, atomic_write(target) as writing:
-        while chunk := reading.read(_COPY_BYTES):
-            digest.update(chunk)
+        hashed = HashingFile(reading)
+        while chunk := hashed.read(_COPY_BYTES):
             writing.write(chunk)
-        if sha256 is not None and digest.hexdigest() != sha256:
-            raise DataError(f"{source}: its SHA-256 is {digest.hexdigest()}, its manifest says {sha256}")
+        if sha256 is not None and hashed.sha256 != sha256:
+            raise DataError(f"{source}: its SHA-256 is {hashed.sha256}, its manifest says {sha256}")
 
 
 def _merge(own: Manifest, added: Sequence[Manifest], shards: tuple[ShardInfo, ...]) -> Manifest:
