@@ -91,7 +91,7 @@ def parse_json(
     except (ValueError, RecursionError) as failure:
         raise error(f"{source} is not JSON ({failure}); {remedy}") from None
     if not isinstance(found, dict):
-        raise error(f"{source}: expected a JSON object, found {type(found).__name__}; {remedy}")
+        raise error(f"{source}: expected a JSON object, found {type(found).__name__!r}; {remedy}")
     return found
 
 

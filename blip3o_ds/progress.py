@@ -34,21 +34,24 @@ class Progress:
 
     def over(self, items: Iterable[_T]) -> Iterator[_T]:
         """Yield `items`, each of which is one `unit` of work."""
-        for number, item in enumerate(items, start=1):
-            yield item
-            self.at(number)
-        self.end()
+        try:
+            for number, item in enumerate(items, start=1):
+                yield item
+                self.at(number)
+        finally:
+            self.end()
 
     def at(self, done: float, detail: str | None = None) -> None:
         """Report that `done` is done, if it is time for it; `detail` takes the place of the counts and the rate."""
         now = time.monotonic()
-        if now - self._reported < (_LIVE_SECONDS if self._is_live else LOG_SECONDS):
-            return
-        self._reported = now
-        rate = (done - self._start) / (now - self._began)
-        detail = detail or f"{done} of {self._total} {self._unit}, {rate:.3g}/s"
-        left = format_duration((self._total - done) / rate) if rate > 0 else "unknown time"
-        self._report(f"{self._what}: {detail}, {left} left")
+        if self._is_live and done >= self._total:
+            self.end()
+        elif now - self._reported >= (_LIVE_SECONDS if self._is_live else LOG_SECONDS):
+            self._reported = now
+            rate = (done - self._start) / (now - self._began)
+            detail = detail or f"{done} of {self._total} {self._unit}, {rate:.3g}/s"
+            left = format_duration((self._total - done) / rate) if rate > 0 else "unknown time"
+            self._report(f"{self._what}: {detail}, {left} left")
 
     def end(self) -> None:
         """Remove the line on the terminal."""

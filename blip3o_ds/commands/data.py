@@ -48,8 +48,6 @@ def add_data_commands(commands: Any) -> None:
     )
     p.add_argument("dir", metavar="DIR", type=Path)
     p.add_argument("--workers", type=int, metavar="N", help="shards read at a time; by default one a core, at most 8")
-    p = add_command(commands, "bench", run_bench, "time the loader beside other ways of reading and the memory's speed")
-    p.add_argument("dir", metavar="DIR", type=Path, nargs="?", help="a dataset; by default a temporary one is made")
     p = add_command(commands, "stats", run_stats, "sizes and per-channel statistics of a dataset")
     p.add_argument("dir", metavar="DIR", help="folder or URL")
     p = add_command(commands, "inspect", run_inspect, "show a dataset's specification, or one sample")
@@ -144,14 +142,6 @@ def run_repair(args: argparse.Namespace) -> dict[str, Any]:
     from blip3o_ds.data.tools.repair import repair
 
     return show(asdict(repair(args.dir, args.workers)))
-
-
-def run_bench(args: argparse.Namespace) -> dict[str, Any]:
-    from blip3o_ds.data.tools.bench import bench, format_bench
-
-    result = bench(args.dir)
-    print(format_bench(result))
-    return result
 
 
 def run_stats(args: argparse.Namespace) -> dict[str, Any]:

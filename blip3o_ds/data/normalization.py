@@ -7,7 +7,6 @@ scale.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from blip3o_ds.data.format.manifest import ChannelStats
 from blip3o_ds.errors import CheckpointError, ConfigError, DataError
-from blip3o_ds.files import atomic_write_json
+from blip3o_ds.files import atomic_write_json, read_json
 
 Mode = Literal["minimal", "full", "standardize"]
 
@@ -77,10 +76,9 @@ class Normalizer:
         Raises:
             CheckpointError: the file is missing, damaged, or holds something else.
         """
+        state = read_json(path, CheckpointError, "copy it again from the run or the export that it belongs to")
         try:
-            return cls.from_state(json.loads(Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; it belongs beside a run's checkpoints and exports") from None
+            return cls.from_state(state)
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{path}: not a normaliser's state ({error!r}); copy it again from the run") from None
 

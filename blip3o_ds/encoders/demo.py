@@ -7,7 +7,6 @@ Three splits: `train`, `heldout_crops` (unseen crops of the photographs in train
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import random
 import time
@@ -23,7 +22,7 @@ from blip3o_ds.encoders.extract import encode_images
 from blip3o_ds.encoders.images import ImageRecord, decode_image
 from blip3o_ds.encoders.registry import load_encoder
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write_json
+from blip3o_ds.files import atomic_write_json, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +177,7 @@ def _claim(dst: Path, arguments: dict[str, int]) -> None:
     if not path.exists():
         dst.mkdir(parents=True, exist_ok=True)
         return atomic_write_json(path, arguments)
-    found = json.loads(path.read_bytes())
+    found = read_json(path)
     if found != arguments:
         raise DataError(f"{dst} holds a demo set made with {found}, not {arguments}; name another folder or empty it")
     return None

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from blip3o_ds.encoders.images import ImagePart, ImageRecord, image_parts
 from blip3o_ds.encoders.parts import BROKEN_NAME, Extraction
 from blip3o_ds.encoders.registry import find_spec, load_encoder
 from blip3o_ds.errors import DataError, EncoderError
+from blip3o_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 _SHARDS_PER_PART = 8  # of a folder of files; a tar is a part by itself
-_LOG_SECONDS = 10.0
 _MAX_DECODE_THREADS = 8
 _MAX_ASPECT_RATIO = 64
 
@@ -71,7 +71,7 @@ def extract(
         "target_weights": target_weights or find_spec(target).weights,
     }
     job = Extraction(Path(dst), spec, samples_per_shard, weights, [(part.name, part.size) for part in parts])
-    log = _RateLog()
+    log = _ProcessProgress()
     todo = job.begin(range(rank, len(parts), world_size))
     logger.info("process %d of %d has %d of %d parts to encode", rank, world_size, len(todo), len(parts))
     if todo:
@@ -94,14 +94,14 @@ def extract(
 
         _encode_parts(job, parts, todo, log, encode)
     job.finish_if_last()
-    return {**log.summary(), "samples": job.num_samples(), "parts_left": job.parts_left()}
+    return {**log.counts.summary(), "samples": job.num_samples(), "parts_left": job.parts_left()}
 
 
 def _encode_parts(
     job: Extraction,
     parts: list[ImagePart],
     todo: list[int],
-    log: _RateLog,
+    log: _ProcessProgress,
     encode: Callable[[ImagePart, Path], dict[str, Any]],
 ) -> None:
     """Encode the parts that are missing; one that cannot be read does not keep the others from being done."""
@@ -144,7 +144,7 @@ def encode_images(
     dtype: StorageDType = "bf16",
     samples_per_shard: int = 512,
     batch_size: int = 16,
-    log: _RateLog | None = None,
+    log: _ProcessProgress | None = None,
 ) -> dict[str, Any]:
     """The core of `extract`, on records and encoders that are there already.
 
@@ -155,7 +155,7 @@ def encode_images(
     spec = _dataset_spec(condition.spec, target.spec, token_layout, dtype)
     extra = {"condition_weights": condition.weights, "target_weights": target.weights}
     with DatasetWriter(dst, spec, samples_per_shard=samples_per_shard, extra=extra, resume=True) as writer:
-        progress = _Progress(dst, log or _RateLog())
+        progress = _PartProgress(dst, log or _ProcessProgress())
         todo = progress.skip_existing(records, writer.done_keys())
         decoded = _decode_ahead(todo, condition, target, lookahead=2 * batch_size)
         with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
@@ -167,9 +167,10 @@ def encode_images(
                 writing = background.submit(_write, encoded, writer, progress)
             if writing:
                 writing.result()
-        if not progress.written + progress.skipped_existing:
-            raise NothingUsable(f"{dst}: no picture could be used ({progress.broken} broken); see {BROKEN_NAME} in it")
-    return progress.summary()
+        counts = progress.counts
+        if not counts.written + counts.skipped_existing:
+            raise NothingUsable(f"{dst}: no picture could be used ({counts.broken} broken); see {BROKEN_NAME} in it")
+    return counts.summary()
 
 
 def _dataset_spec(
@@ -258,81 +259,74 @@ def _encode(
     return _EncodedBatch(batch, {"eva": eva.cpu(), "clip": clip.cpu()})
 
 
-def _write(batch: _EncodedBatch, writer: DatasetWriter, progress: _Progress) -> None:
+def _write(batch: _EncodedBatch, writer: DatasetWriter, progress: _PartProgress) -> None:
     for index, sample in enumerate(batch.samples):
         writer.write(sample.record.key, {name: x[index] for name, x in batch.tensors.items()}, sample.meta)
     progress.add_written(batch.samples)
 
 
-class _RateLog:
-    """The counts of a process over all of its parts, and now and then a line with rate and time left."""
+@dataclass
+class _Counts:
+    """What was done with the pictures of one part, or of all parts of this process."""
+
+    written: int = 0
+    skipped_existing: int = 0
+    broken: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def summary(self) -> dict[str, Any]:
+        counts = {"written": self.written, "skipped_existing": self.skipped_existing, "broken": self.broken}
+        return {**counts, "seconds": time.monotonic() - self.started}
+
+
+class _ProcessProgress:
+    """The counts of a process over all of its parts, and how far it is in them."""
 
     def __init__(self) -> None:
-        self.written = self.skipped_existing = self.broken = 0
-        self._started = self._last_log = time.monotonic()
-        self._sizes: deque[int] = deque([1])
-        self._total, self._ended = 1, 0
-        self._first_share: float | None = None
+        self.counts = _Counts()
+        self.expect([1])
 
     def expect(self, sizes: list[int]) -> None:
         """The sizes of the parts that come, in order."""
-        self._sizes, self._total = deque(sizes), sum(sizes)
+        self._sizes, self._total, self._ended = deque(sizes), sum(sizes), 0
+        self._progress = Progress("encoding", self._total)
 
     def end_part(self) -> None:
         self._ended += self._sizes.popleft()
 
     def skip(self, progress: float) -> None:
-        self.skipped_existing += 1
-        if not self.written:
-            self._first_share = self._share(progress)
+        """A picture was found done at `progress` (0..1) of the present part."""
+        self.counts.skipped_existing += 1
+        if not self.counts.written:
+            self._progress.resume_at(self._done(progress))
 
     def add_written(self, count: int, progress: float) -> None:
-        self.written += count
-        now = time.monotonic()
-        if now - self._last_log >= _LOG_SECONDS:
-            self._last_log = now
-            self._log(now - self._started, self._share(progress))
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "written": self.written,
-            "skipped_existing": self.skipped_existing,
-            "broken": self.broken,
-            "seconds": time.monotonic() - self._started,
-        }
-
-    def _share(self, progress: float) -> float:
-        """Of all the parts of this process, what is done at `progress` (0..1) in the present one."""
-        return (self._ended + progress * self._sizes[0]) / self._total
-
-    def _log(self, seconds: float, share: float) -> None:
-        covered = share - (self._first_share or 0.0)
-        remaining = seconds * (1 - share) / covered if covered > 0 else float("nan")
-        logger.info(
-            "%d images encoded, %.1f/s, %.1f %% of this process's share, about %.0f s left",
-            self.written,
-            self.written / seconds,
-            100 * share,
-            remaining,
+        self.counts.written += count
+        written, done = self.counts.written, self._done(progress)
+        rate = written / (time.monotonic() - self.counts.started)
+        self._progress.at(
+            done, f"{written} images, {rate:.3g}/s, {done / self._total:.1%} of the share of this process"
         )
 
+    def _done(self, progress: float) -> float:
+        return self._ended + progress * self._sizes[0]
 
-class _Progress:
+
+class _PartProgress:
     """What has been done of one part, and the list of its broken pictures."""
 
-    def __init__(self, dst: Path, log: _RateLog) -> None:
-        self.written = self.skipped_existing = self.broken = 0
-        self._log = log
-        self._started = time.monotonic()
-        # Every run meets all broken pictures again, so the list starts anew.
+    def __init__(self, dst: Path, process: _ProcessProgress) -> None:
+        self.counts = _Counts()
+        self._process = process
+        # Every run meets all broken pictures again, so the list is written from its start.
         self._broken_path = dst / BROKEN_NAME
         self._broken_path.unlink(missing_ok=True)
 
     def skip_existing(self, records: Iterable[ImageRecord], done: set[str]) -> Iterator[ImageRecord]:
         for record in records:
             if record.key in done:
-                self.skipped_existing += 1
-                self._log.skip(record.progress)
+                self.counts.skipped_existing += 1
+                self._process.skip(record.progress)
             else:
                 yield record
 
@@ -344,20 +338,12 @@ class _Progress:
                 yield sample
 
     def add_written(self, samples: list[_Decoded]) -> None:
-        self.written += len(samples)
-        self._log.add_written(len(samples), samples[-1].record.progress)
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "written": self.written,
-            "skipped_existing": self.skipped_existing,
-            "broken": self.broken,
-            "seconds": time.monotonic() - self._started,
-        }
+        self.counts.written += len(samples)
+        self._process.add_written(len(samples), samples[-1].record.progress)
 
     def _add_broken(self, sample: _Decoded) -> None:
-        self.broken += 1
-        self._log.broken += 1
+        self.counts.broken += 1
+        self._process.counts.broken += 1
         logger.warning("skipped %s: %s", sample.record.source, sample.fault)
         entry = {"key": sample.record.key, "source": sample.record.source, "fault": sample.fault}
         with open(self._broken_path, "a", encoding="utf-8") as file:

@@ -23,7 +23,7 @@ from blip3o_ds.data.format.moments import merge_moments, moments_of_stats, no_mo
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import shard_paths
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write, atomic_write_json, fsync_dir
+from blip3o_ds.files import atomic_write, atomic_write_json, fsync_dir, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Extraction:
             return []
         path = self._dst / _PARTS / _PLAN
         if path.exists():
-            self._compare(json.loads(path.read_bytes()), path)
+            self._compare(read_json(path), path)
         elif self._dst.is_dir() and shard_paths(self._dst):
             if self.is_finished():  # by another process, just now
                 return []
@@ -132,7 +132,7 @@ class Extraction:
             folder = self.part_folder(number)
             if (folder / BROKEN_NAME).exists():
                 broken += (folder / BROKEN_NAME).read_bytes()
-            if json.loads(self._done_path(number).read_bytes())["samples"] == 0:
+            if read_json(self._done_path(number))["samples"] == 0:
                 continue
             part = Manifest.load(folder)
             for info in part.shards:

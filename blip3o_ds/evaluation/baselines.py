@@ -20,8 +20,9 @@ from torch import Tensor
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, DataError
-from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
+from blip3o_ds.evaluation.subset import read_batches, spread_indices
 from blip3o_ds.files import atomic_write_bytes
+from blip3o_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def _collect_moments(
 ) -> tuple[_Moments, _Moments | None]:
     heldout_indices = indices[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
     kept_indices = [index for n, index in enumerate(indices) if n % HELDOUT_EVERY != HELDOUT_EVERY - 1]
-    progress = ProgressLog(logger, "fitting the ridge baseline", len(indices))
+    progress = Progress("fitting the ridge baseline", len(indices))
     done, groups, origin = 0, [], None
     for group in (kept_indices, heldout_indices):
         moments = None

@@ -5,7 +5,6 @@ It reads only what the runs wrote (`experiment_config.json`, `final_summary.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from blip3o_ds.errors import CheckpointError
 from blip3o_ds.evaluation.report import LEGEND, EvalResult, row_label, table_head, table_row
+from blip3o_ds.files import read_json
 from blip3o_ds.settings import flatten
 
 # Paths, which do not change what a run learns.
@@ -102,12 +102,7 @@ def _differences(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
 
 
 def _read(run: Path, name: str, field: str) -> dict[str, Any]:
-    try:
-        content = json.loads((run / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{run / name} is missing: {run} is not a finished run") from None
-    except ValueError as error:
-        raise CheckpointError(f"{run / name} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get(field), dict):
+    content = read_json(run / name, CheckpointError, f"{run} is not a finished run")
+    if not isinstance(content.get(field), dict):
         raise CheckpointError(f"{run / name}: expected an object with the field `{field}`; the run is not finished")
     return content[field]

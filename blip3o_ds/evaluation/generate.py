@@ -15,9 +15,10 @@ from blip3o_ds.config import EvalConfig, SamplerConfig
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.report import evaluation_noise
-from blip3o_ds.evaluation.subset import ProgressLog, read_batches
+from blip3o_ds.evaluation.subset import read_batches
 from blip3o_ds.files import atomic_folder
 from blip3o_ds.flow.solvers import sample
+from blip3o_ds.progress import Progress
 from blip3o_ds.runs.pretrained import Pretrained
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def generate(
     """
     sampler, mode = settings.sampler, pretrained.normalizer.mode
     facts = {**sampler.model_dump(mode="json"), "normalization": mode, "source": source}
-    progress = ProgressLog(logger, "generating", len(dataset))
+    progress = Progress("generating", len(dataset))
     with atomic_folder(dst) as folder, DatasetWriter(folder, dataset.spec, extra={"generated": facts}) as writer:
         for batch in read_batches(dataset, range(len(dataset)), settings.batch_size):
             clip = generate_batch(pretrained, batch["eva"], batch.positions, sampler).cpu()

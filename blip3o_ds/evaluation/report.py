@@ -19,9 +19,10 @@ from blip3o_ds.data.reading.loader import Batch
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.evaluation.metrics import METRICS, MetricAccumulator
-from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
+from blip3o_ds.evaluation.subset import read_batches, spread_indices
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import posterior_mean, sample
+from blip3o_ds.progress import Progress
 from blip3o_ds.runs.pretrained import Pretrained
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def evaluate(
     train_mean = normalizer.inverse("clip", baselines.clip_mean)
     accumulators = {reading: MetricAccumulator(train_mean, reading) for reading in READINGS}
     own = indices[rank::world_size]
-    progress = ProgressLog(logger, "evaluating", len(own))
+    progress = Progress("evaluating", len(own))
     done = 0
     for batch in read_batches(dataset, own, settings.batch_size):
         target, generated = _generate(pretrained, baselines, batch, settings.sampler)

@@ -5,16 +5,12 @@ A part of a dataset is spread evenly over it, not its head: shards are often sor
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import Batch
-
-PROGRESS_SECONDS = 10.0
 
 
 def spread_indices(total: int, max_samples: int | None) -> list[int]:
@@ -34,20 +30,3 @@ def read_batches(dataset: EmbeddingDataset, indices: Sequence[int], batch_size: 
             positions=torch.tensor(list(part), dtype=torch.int64),
             keys=[sample.key for sample in samples],
         )
-
-
-class ProgressLog:
-    """Says how far a long loop over images is, at most every `PROGRESS_SECONDS`."""
-
-    def __init__(self, logger: logging.Logger, what: str, total: int) -> None:
-        self._logger, self._what, self._total = logger, what, total
-        self._began = self._spoke = time.monotonic()
-
-    def at(self, done: int) -> None:
-        """Call with the number of images that are done."""
-        now = time.monotonic()
-        if now - self._spoke < PROGRESS_SECONDS:
-            return
-        self._spoke = now
-        left = (now - self._began) / max(done, 1) * (self._total - done)
-        self._logger.info("%s: %d of %d images, about %.0f s left", self._what, done, self._total, left)

@@ -5,7 +5,6 @@ The flow decides what the output means (a clean embedding or a velocity); here i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blip3o_ds.config import ModelConfig
 from blip3o_ds.errors import CheckpointError, ConfigError
-from blip3o_ds.files import atomic_write_bytes, atomic_write_json
+from blip3o_ds.files import atomic_write_bytes, atomic_write_json, read_json
 from blip3o_ds.model.layers import (
     Condition,
     CrossAttention,
@@ -211,14 +210,8 @@ def read_pretrained_config(directory: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, not JSON, or describes another kind of model.
     """
     path = Path(directory) / CONFIG_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; give a folder that `blip3o-ds export` wrote") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); export the model again") from None
-    if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
-        found = content.get("model_type") if isinstance(content, dict) else type(content).__name__
+    content = read_json(path, CheckpointError, "give a folder that `blip3o-ds export` wrote")
+    if (found := content.get("model_type")) != MODEL_TYPE:
         raise CheckpointError(f"{path}: expected model_type {MODEL_TYPE!r}, found {found!r}")
     return content
 
@@ -234,7 +227,7 @@ def _model_config(directory: str | Path) -> ModelConfig:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; export the model again")
+        raise CheckpointError(f"{path} is missing; export the model again")
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from blip3o_ds import progress
 from blip3o_ds.files import atomic_write_bytes
+from blip3o_ds.progress import format_duration
 from blip3o_ds.runs.folder import METRICS, TENSORBOARD
 
 logger = logging.getLogger(__name__)
@@ -101,12 +102,9 @@ class Progress:
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         self._total = total_steps
-        self._start = start_step
-        self._began = time.monotonic()
+        self._progress = progress.Progress("training", total_steps, "steps", start_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        elapsed = time.monotonic() - self._began
-        left = elapsed / (step - self._start) * (self._total - step)
         logger.info(
             "step %d/%d  loss %.4f  cos %.3f  grad %.2f  lr %.2e  %.1f samples/s  wait %.1f%%  ETA %s",
             step,
@@ -117,14 +115,5 @@ class Progress:
             metrics["lr"],
             metrics["samples_per_second"],
             100 * metrics["data_wait_fraction"],
-            format_duration(left),
+            format_duration(self._progress.seconds_left(step)),
         )
-
-
-def format_duration(seconds: float) -> str:
-    """`75 -> 1m15s`, `4000 -> 1h06m`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter
+from tests.conftest import PROJECT
 
 SPEC = DatasetSpec.pair(
     num_tokens=5,
@@ -21,6 +24,14 @@ SPEC = DatasetSpec.pair(
     condition_encoder="eva-clip-8b",
     target_encoder="clip-vit-l14",
 )
+
+
+def script(name: str) -> ModuleType:
+    """The script `scripts/NAME.py` as a module."""
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

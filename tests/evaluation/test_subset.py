@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
-from blip3o_ds.evaluation import subset
-from blip3o_ds.evaluation.subset import ProgressLog, read_batches, spread_indices
+from blip3o_ds.evaluation.subset import read_batches, spread_indices
 from tests.evaluation.conftest import linear_pairs
 
 
@@ -37,16 +34,3 @@ def test_batches_hold_the_samples_asked_for_in_their_order(make_dataset):
     assert [key for batch in batches for key in batch.keys] == [f"image_{i:03d}" for i in (9, 0, 4, 3, 10)]
     assert torch.equal(torch.cat([batch["eva"] for batch in batches]), eva[[9, 0, 4, 3, 10]])
     assert torch.equal(torch.cat([batch["clip"] for batch in batches]), clip[[9, 0, 4, 3, 10]])
-
-
-def test_progress_speaks_at_most_every_ten_seconds(monkeypatch, caplog):
-    clock = iter([0, 5, 12, 13, 30])
-    monkeypatch.setattr(subset.time, "monotonic", lambda: next(clock))
-    caplog.set_level(logging.INFO)
-    progress = ProgressLog(logging.getLogger("test"), "generating", 100)
-    for done in (10, 24, 30, 60):
-        progress.at(done)
-    assert caplog.messages == [
-        "generating: 24 of 100 images, about 38 s left",
-        "generating: 60 of 100 images, about 20 s left",
-    ]

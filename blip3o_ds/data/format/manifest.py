@@ -5,7 +5,6 @@ It is written last, so a folder with a manifest is complete and one without is n
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +15,11 @@ import numpy as np
 from blip3o_ds.data.format.schema import MAKERS, DatasetSpec, read_field
 from blip3o_ds.data.format.selection import Selection
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write_json
+from blip3o_ds.files import atomic_write_json, parse_json, read_json
 
 FORMAT_VERSIONS = (1, 2)  # that are read; `DatasetSpec.format_version` is the one that is written
 MANIFEST_NAME = "manifest.json"
+_REMEDY = f"a dataset folder holds one; {MAKERS} make it, and finish one that was interrupted"
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class Manifest:
     def load(dataset_dir: str | Path) -> Manifest:
         """Read and check `dataset_dir/manifest.json`; every error is a DataError that names file and field."""
         path = Path(dataset_dir) / MANIFEST_NAME
-        return Manifest.parse(_read(path), path)
+        return Manifest._from_dict(read_json(path, DataError, _REMEDY), path)
 
     @staticmethod
     def parse(text: bytes, path: Path | str) -> Manifest:
         """Check the content of a manifest; `path` is the file or URL that errors name."""
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not JSON ({error}); write the dataset again with {MAKERS}") from error
+        return Manifest._from_dict(parse_json(text, path, DataError, _REMEDY), path)
+
+    @staticmethod
+    def _from_dict(content: dict[str, Any], path: Path | str) -> Manifest:
         version = read_field(content, "format_version", int, path)
         if version not in FORMAT_VERSIONS:
             raise DataError(
@@ -102,17 +102,6 @@ class Manifest:
             "stats": {name: _stats_to_dict(stats) for name, stats in self.stats.items()},
         }
         atomic_write_json(Path(dataset_dir) / MANIFEST_NAME, content)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path} is missing: this is not a dataset folder, or writing it was interrupted; {MAKERS} make one"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_shard_info(entry: Any, path: Path | str) -> ShardInfo:

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]  # it has no stubs
 
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import HashingFile

@@ -1,7 +1,7 @@
 """Pickled embedding shards to a dataset: `convert`, one pickle in memory at a time; it recasts datasets as well.
 
-The pickles are read without running them (see `pickles.py`), and a conversion that was interrupted goes on when it is
-asked for again.
+The pickles are read without running them (see `pickles.py`). A conversion that was interrupted resumes when it is
+repeated.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest
+from blip3o_ds.data.format.manifest import MANIFEST_NAME
 from blip3o_ds.data.format.schema import DatasetSpec, StorageDType, TokenLayout
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.tools.pickles import load_pickle
-from blip3o_ds.data.tools.recast import recast
+from blip3o_ds.data.tools.recast import recast, refuse_foreign, summary
 from blip3o_ds.errors import DataError
+from blip3o_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +50,23 @@ def convert(
     `src` is a dataset (see `recast`), one pickle or a folder of `embeddings_shard_00000_patch_only.pkl` (or
     `_cls_patch.pkl`) files, each a dict with `eva_blip3o_embeddings` [S, N, De], `clip_blip3o_embeddings` [S, N, Dc],
     `captions` and `keys`.
-    `token_layout="patch_only"` drops the CLS token of data that hold one; None keeps what is there. Returns counts,
+    `token_layout="patch_only"` drops the CLS token of data that have one; None keeps the layout. Returns counts,
     the specification, and under `cost` what the stored dtype does to each tensor (see
     `Distortion.to_dict`). Raises DataError that names the file and the field.
     """
     if is_dataset(src):
         return recast(src, dst, token_layout=token_layout, dtype=dtype, samples_per_shard=samples_per_shard)
     sources = _find_sources(Path(src), token_layout)
+    extra = {"converted_from": [path.name for path in sources]}
     seen: set[str] = set()
     with ExitStack() as stack:
         writer: DatasetWriter | None = None
-        for path in tqdm(sources, desc="convert", unit="file", disable=None):
+        for path in Progress("convert", len(sources), "files").over(sources):
             shard = _read_shard(path, token_layout)
             spec = shard.spec(dtype)
             if writer is None:
-                writer = _open_writer(Path(dst), spec, samples_per_shard, sources)
-                stack.enter_context(writer)
-                finished = done = writer.done_keys()
+                writer = stack.enter_context(DatasetWriter(dst, spec, samples_per_shard, extra, resume=True))
+                done = writer.done_keys()
             elif spec != writer.spec:
                 raise DataError(
                     f"{path}: {_describe(spec)}, but {sources[0].name} has {_describe(writer.spec)}; all shards of a "
@@ -74,17 +74,9 @@ def convert(
                 )
             _write_shard(writer, shard, seen, done)
             del shard  # before the next is read: one in memory at a time
-        _check_nothing_else(Path(dst), finished, seen)
-    manifest = Manifest.load(dst)
-    return {
-        "source_files": len(sources),
-        "samples": manifest.num_samples,
-        "samples_found_done": len(finished),
-        "shards": len(manifest.shards),
-        "bytes": sum(info.num_bytes for info in manifest.shards),
-        "spec": manifest.spec.to_dict(),
-        "cost": writer.cost(),
-    }
+        assert writer is not None  # there is at least one source
+        refuse_foreign(dst, done - seen)
+    return {"source_files": len(sources), **summary(dst, writer, len(done))}
 
 
 def is_dataset(src: str | Path) -> bool:
@@ -129,11 +121,6 @@ def _find_sources(src: Path, token_layout: TokenLayout | None) -> list[Path]:
     return sorted(found, key=lambda path: (int(found[path][1]), path.name))
 
 
-def _open_writer(dst: Path, spec: DatasetSpec, samples_per_shard: int, sources: list[Path]) -> DatasetWriter:
-    extra = {"converted_from": [path.name for path in sources]}
-    return DatasetWriter(dst, spec, samples_per_shard, extra, resume=True)
-
-
 def _write_shard(writer: DatasetWriter, shard: _PickledShard, seen: set[str], done: set[str]) -> None:
     for i, (key, meta) in enumerate(zip(shard.keys, shard.metas, strict=True)):
         if key in seen:
@@ -148,14 +135,6 @@ def _write_shard(writer: DatasetWriter, shard: _PickledShard, seen: set[str], do
             writer.write(key, {"eva": shard.eva[i], "clip": shard.clip[i]}, meta)
         except DataError as error:
             raise DataError(f"{shard.path}: {error}") from error
-
-
-def _check_nothing_else(dst: Path, finished: set[str], seen: set[str]) -> None:
-    if foreign := sorted(finished - seen):
-        raise DataError(
-            f"{dst}: holds {len(foreign)} samples that are not in the source, such as {foreign[0]!r}; it belongs to "
-            "another conversion, give an empty folder"
-        )
 
 
 def _describe(spec: DatasetSpec) -> str:
@@ -267,8 +246,8 @@ def _is_plain(value: object) -> bool:
 
 
 def _safe_key(original: str) -> str:
-    """`original` where webdataset can hold it; otherwise its unsafe signs replaced, and a hash to keep it unique."""
-    safe = "".join(sign if sign.isprintable() and sign not in "./" else "_" for sign in original)
+    """`original` if webdataset can hold it; otherwise without unsafe characters, and with a hash to keep it unique."""
+    safe = "".join(character if character.isprintable() and character not in "./" else "_" for character in original)
     if safe == original and original:
         return original
     return f"{safe}-{hashlib.sha256(original.encode(errors='surrogatepass')).hexdigest()[:8]}"

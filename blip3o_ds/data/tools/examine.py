@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blip3o_ds.data.format.codec import check_values, decode_all, parse_header, stored_tensors
 from blip3o_ds.data.format.index import MEMBERS, ShardIndex, index_path
@@ -27,6 +25,7 @@ from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.tar import Member, TarWalk
 from blip3o_ds.data.reading.source import Source
 from blip3o_ds.errors import DataError
+from blip3o_ds.progress import Progress
 
 _MAX_WORKERS = 8
 
@@ -118,13 +117,7 @@ def examine_all(source: Source, manifest: Manifest, workers: int | None = None) 
 
     workers = min(_MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
     with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[ShardReport]] = deque()
-        for info in tqdm(manifest.shards, desc="verify", unit="shard", disable=None):
-            pending.append(pool.submit(look_at, info))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from Progress("verify", len(manifest.shards), "shards").over(pool.map(look_at, manifest.shards))
 
 
 def read_sample(member: Member, spec: DatasetSpec, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

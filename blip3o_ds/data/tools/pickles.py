@@ -90,9 +90,14 @@ class _BoundedFile:
 
 
 class _RestrictedUnpickler(pickle._Unpickler):
-    """The unpickler written in Python: the one in C believes the lengths and places that a file announces, and takes
-    memory for them first. What is read here is few objects and large, so it costs nothing.
+    """The unpickler written in Python: the one in C trusts the lengths and places that a file announces, and allocates
+    memory for them first. These files hold few objects and large ones, so Python is fast enough.
     """
+
+    # What typeshed leaves out of the class.
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
+    stack: list[Any]
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         super().__init__(_BoundedFile(file))
@@ -113,7 +118,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
         self.append(bytearray(self.read(size)))
 
     def load_build(self) -> None:
-        # State makes arrays and dtypes whole; on anything else, such as a class, it would change what later loads do.
+        # State completes arrays and dtypes; on anything else, such as a class, it would change what later loads do.
         if type(self.stack[-2]) not in (_Array, _Dtype):
             raise pickle.UnpicklingError(f"state for a {type(self.stack[-2]).__name__}")
         state = self.stack.pop()
@@ -151,7 +156,7 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: A
 
 
 class _Dtype:
-    """Stands for a numpy dtype while its array is built; only plain numbers, truth values and text are admitted."""
+    """Stands for a numpy dtype while its array is built; only plain numbers, booleans and text are admitted."""
 
     def __init__(self, name: str, *_: Any) -> None:
         if not isinstance(name, str) or not _PLAIN_DTYPE.fullmatch(name):
@@ -167,7 +172,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """An array that checks what it is told to become; numpy's own takes it on trust."""
+    """An array that checks the state it is given; numpy's own does not."""
 
     def __new__(cls, *_: Any) -> _Array:
         return np.ndarray.__new__(cls, (0,), np.int8)
@@ -191,7 +196,7 @@ def _empty_array(*_: Any) -> np.ndarray:
     return _Array()
 
 
-def _array_from_buffer(content: Any, dtype: Any, shape: tuple, order: str, *_: Any) -> np.ndarray:
+def _array_from_buffer(content: Any, dtype: Any, shape: tuple, order: Any, *_: Any) -> np.ndarray:
     return np.frombuffer(content, dtype=_plain(dtype)).reshape(shape, order=order)
 
 
@@ -236,6 +241,6 @@ def _admitted() -> dict[tuple[str, str], Callable[..., Any]]:
 _ADMITTED = _admitted()
 
 # The same stand-ins for the restricted unpickler of torch, which knows tensors but no numpy arrays.
-_ADMITTED_BY_TORCH = [
+_ADMITTED_BY_TORCH: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (builder, f"{module}.{name}") for (module, name), builder in _ADMITTED.items() if module.startswith("numpy")
 ]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from blip3o_ds.data.format.manifest import Manifest
 from blip3o_ds.data.format.schema import StorageDType, TokenLayout
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import DataError
+from blip3o_ds.progress import Progress
 
 
 def recast(
@@ -35,22 +34,31 @@ def recast(
     with DatasetWriter(dst, spec, samples_per_shard, extra, resume=True) as writer:
         done = writer.done_keys()
         seen: set[str] = set()
-        for shard, size in enumerate(tqdm(dataset.shard_sizes, desc="convert", unit="shard", disable=None)):
+        for shard, size in enumerate(Progress("convert", len(dataset.shard_sizes), "shards").over(dataset.shard_sizes)):
             for index in range(size):
                 key = dataset.key(shard, index)
                 seen.add(key)
                 if key not in done:
                     writer.write(key, dataset.read(shard, index).tensors, dataset.meta(shard, index))
-        if foreign := sorted(done - seen):
-            raise DataError(
-                f"{dst}: holds {len(foreign)} samples that are not in {src}, such as {foreign[0]!r}; it belongs to "
-                "another conversion, give an empty folder"
-            )
+        refuse_foreign(dst, done - seen)
+    return {"source_dtype": dataset.spec.dtypes, **summary(dst, writer, len(done))}
+
+
+def refuse_foreign(dst: str | Path, keys: set[str]) -> None:
+    """Raise DataError if there are any `keys`, which are in `dst` and not in the source."""
+    if keys:
+        raise DataError(
+            f"{dst}: holds {len(keys)} samples that are not in the source, such as {min(keys)!r}; it belongs to "
+            "another conversion, give an empty folder"
+        )
+
+
+def summary(dst: str | Path, writer: DatasetWriter, found_done: int) -> dict[str, Any]:
+    """What a conversion to `dst` returns: counts, the specification, and the cost of the stored dtype."""
     manifest = Manifest.load(dst)
     return {
-        "source_dtype": dataset.spec.dtypes,
         "samples": manifest.num_samples,
-        "samples_found_done": len(done),
+        "samples_found_done": found_done,
         "shards": len(manifest.shards),
         "bytes": sum(info.num_bytes for info in manifest.shards),
         "spec": manifest.spec.to_dict(),

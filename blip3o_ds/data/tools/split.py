@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tqdm import tqdm
-
 from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest
 from blip3o_ds.data.format.moments import (
     ChannelMoments,
@@ -26,6 +24,7 @@ from blip3o_ds.data.format.selection import Selection, SplitPart
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.errors import DataError
+from blip3o_ds.progress import Progress
 
 _READ_THREADS = min(4, os.cpu_count() or 1)
 _Moments = dict[str, ChannelMoments]  # by tensor
@@ -79,7 +78,7 @@ def _read_part(dataset: EmbeddingDataset, selection: Selection) -> tuple[list[in
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         shards = range(len(dataset.shard_sizes))
         found = pool.map(lambda shard: _read_shard(dataset, shard, selection), shards)
-        for count, of_shard in tqdm(found, desc="split", unit="shard", total=len(shards), disable=None):
+        for count, of_shard in Progress("split", len(shards), "shards").over(found):
             counts.append(count)
             moments = merge_moments(moments, of_shard)
     return counts, moments

@@ -1,6 +1,8 @@
 """What a very large dataset costs before the first sample is read: its manifest, and the order of its samples.
 
-`python -m blip3o_ds.data.tools.scale` measures it on a made-up manifest and prints one JSON object; no shard is needed.
+It is measured on a made-up manifest, without a shard, and printed as one JSON object.
+
+    python scripts/bench_order.py [SHARDS SAMPLES_PER_SHARD]
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from blip3o_ds.cli import main
 from blip3o_ds.data.format.schema import DatasetSpec
-from blip3o_ds.data.tools import bench as bench_module
-from blip3o_ds.data.tools.bench import bench
 from blip3o_ds.errors import DataError
+from tests.data.conftest import script
+
+bench_module = script("bench_loader")
+bench = bench_module.bench
 
 WAYS = {"sequential read", "tarfile", "webdataset", "pickled shards", "loader"}
 
@@ -24,7 +25,7 @@ def small(monkeypatch):
 
 
 def test_the_command_times_every_way_and_compares_it_with_a_memory_copy(small, capsys):
-    assert main(["data", "bench", "--json"]) == 0
+    assert bench_module.main(["--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
 
     rates = {(row["name"], row["state"]): row for row in result["rows"]}

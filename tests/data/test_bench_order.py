@@ -6,7 +6,9 @@ import json
 from timeit import timeit
 
 from blip3o_ds.data.reading.order import GlobalOrder
-from blip3o_ds.data.tools.scale import benchmark_order
+from tests.data.conftest import script
+
+benchmark_order = script("bench_order").benchmark_order
 
 
 def test_opening_and_ordering_a_large_set_needs_the_manifest_alone_and_memory_for_a_window():

@@ -1,20 +1,25 @@
-"""How fast samples come off a disk or out of the page cache, beside what the machine could do: `blip3o-ds data bench`.
+"""How fast samples come off a disk or out of the page cache, beside what the machine could do.
 
-Every way of reading delivers the same samples in the same run and process; the bytes counted are those of their
-tensors, so the rates compare.
+Every way of reading delivers the same samples in the same run and process, and only the bytes of their tensors count,
+so the rates compare.
+
+    python scripts/bench_loader.py [DIR] [--json]
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import math
 import os
 import pickle
 import platform
+import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,7 +36,7 @@ from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.reading.source import load_manifest
-from blip3o_ds.errors import DataError
+from blip3o_ds.errors import Blip3oError, DataError
 
 BATCH = 8  # samples, of every way that makes batches
 _SAMPLES, _SAMPLES_PER_SHARD = 512, 64
@@ -70,6 +75,24 @@ def bench(dataset_dir: str | Path | None = None) -> dict[str, Any]:
         dataset = EmbeddingDataset(dataset_dir, max_shards=max(1, int((ends <= _MOST_BYTES).sum())))
         stack.callback(dataset.close)
         return _run(dataset, Path(dataset_dir), pickles)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dir", metavar="DIR", nargs="?", help="a dataset; by default a temporary one is made")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    args = parser.parse_args(arguments)
+    try:
+        result = bench(args.dir)
+    except (Blip3oError, OSError) as error:
+        print(f"bench_loader.py: error: {error}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        return 1
+    print(format_bench(result))
+    if args.json:
+        print(json.dumps(result))
+    return 0
 
 
 def format_bench(result: dict[str, Any]) -> str:
@@ -131,7 +154,7 @@ def _run(dataset: EmbeddingDataset, folder: Path, pickles: list[Path]) -> dict[s
 
 
 def _best(ways: dict[str, Callable[[], float]], prepare: Callable[[], Any] = lambda: None) -> dict[str, float]:
-    """The least seconds of each in some rounds over all of them, so that what else the machine does hits all alike."""
+    """The least seconds of each in some rounds over all of them, so that other load affects all alike."""
     seconds = dict.fromkeys(ways, math.inf)
     for _ in range(_ROUNDS):
         for name, time_once in ways.items():
@@ -150,7 +173,7 @@ def _timed(read: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _memory_copy(total: int, target_bytes: int) -> Callable[[], None]:
-    """Copies `total` bytes out of a large buffer into one of at most `target_bytes`, again and again."""
+    """Copies `total` bytes out of a large buffer into one of at most `target_bytes`, repeatedly."""
     source = np.ones(min(total, _LARGE), np.uint8)
     target = np.ones(min(len(source), target_bytes), np.uint8)
 
@@ -191,7 +214,7 @@ def _webdataset_batches(tars: list[Path]) -> Iterator[Any]:
 
 
 def _stack(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    names = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]  # and not where it lay
+    names = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]  # not its file name
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
@@ -279,3 +302,7 @@ def _machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
