@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.files import atomic_write_json, sha256_file
-from blip3o_ds.runs.folder import read_json
+from blip3o_ds.files import atomic_write_json, read_json, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +61,7 @@ def verify_checkpoint(path: Path, names: Sequence[str] | None = None) -> Checkpo
     Raises:
         CheckpointError: it is not finished, or a file is missing or differs.
     """
-    try:
-        seal = read_json(path / SEAL)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is damaged: {SEAL} is missing, it was not finished") from None
+    seal = read_json(path / SEAL, CheckpointError, f"{path} is damaged or was not finished")
     if seal.pop("sha256", None) != _digest(seal):
         raise CheckpointError(f"{path} is damaged: {SEAL} is not as it was written")
     files = seal["files"]

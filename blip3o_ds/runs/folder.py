@@ -6,13 +6,12 @@ Training writes these files and evaluation reads them; neither spells a name for
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 from blip3o_ds.config import RunConfig, build_run_config
 from blip3o_ds.errors import CheckpointError, ConfigError
-from blip3o_ds.files import atomic_write_json
+from blip3o_ds.files import atomic_write_json, read_json
 
 RUN_CONFIG = "experiment_config.json"  # the settings, and the machine that the run began on
 CHECKPOINTS = "checkpoints"
@@ -50,10 +49,7 @@ def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         CheckpointError: `folder` is not a run, or its settings cannot be read.
     """
     path = folder / RUN_CONFIG
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a run folder: {RUN_CONFIG} is missing") from None
+    content = read_json(path, CheckpointError, f"{folder} is not a run folder")
     return parse_run_config(path, content.get("config")), content
 
 
@@ -65,14 +61,3 @@ def parse_run_config(path: Path, settings: Any) -> RunConfig:
         return build_run_config(settings)
     except ConfigError as error:
         raise CheckpointError(f"{path}: its settings are not valid here: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; a `CheckpointError` if it holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

@@ -6,12 +6,11 @@ A JSON file that contradicts the run's own settings is refused.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import ConfigError
+from blip3o_ds.files import read_json
 from blip3o_ds.planning.memory import MAX_BUCKET_ELEMENTS
 
 
@@ -24,7 +23,10 @@ def resolve_deepspeed_config(
         ConfigError: the file is missing or malformed, contradicts a setting of the run, or asks for what DeepSpeed
             cannot do.
     """
-    settings = _read_json(train.deepspeed_config) if train.deepspeed_config else {"zero_optimization": {"stage": 2}}
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    if train.deepspeed_config:
+        remedy = "train.deepspeed_config names a file of DeepSpeed settings; the shipped ones are in ds_configs/"
+        settings = read_json(train.deepspeed_config, ConfigError, remedy)
     ours = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
@@ -76,20 +78,6 @@ def _precision_settings(precision: str, stage: int) -> dict[str, Any]:
         "fp16": {"enabled": True, "initial_scale_power": 16},
         **fp32_accumulation,
     }
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"train.deepspeed_config = {path}: no such file; the shipped ones are in ds_configs/"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: expected DeepSpeed settings as a JSON object, found {type(settings).__name__}")
-    return settings
 
 
 def _fill(settings: dict[str, Any], ours: dict[str, Any], source: str, prefix: str = "") -> None:
