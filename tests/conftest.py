@@ -90,14 +90,17 @@ def free_port() -> int:
 
 
 def train_command(data: Path, output: Path, processes: int | None, settings: dict, extra: list[str]) -> list[str]:
-    """The command line of a training run: under the deepspeed launcher, or plain Python with `processes=None`."""
+    """The command line of a training run: under the deepspeed launcher, or plain Python with `processes=None`.
+
+    `settings` replace those of `SMALL`; one that is `...` is not given at all.
+    """
     script = [str(PROJECT / "scripts" / "train_clip_reproduction.py")]
     if processes is None:
         start = [sys.executable]
     else:
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         start = [launcher, "--num_gpus", str(processes), "--master_port", str(free_port())]
-    overrides = [f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **settings}.items()]
+    overrides = [f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **settings}.items() if value is not ...]
     data_flags = ["--chunked_embeddings_dir", str(data), "--output_dir", str(output), "--model_size", "demo"]
     return [*start, *script, *data_flags, *overrides, *extra]
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blip3o_ds.cli import main
+from blip3o_ds.cli import build_parser, main
+from blip3o_ds.config import SETTINGS, load_run_config
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.evaluation.report import READINGS
 from blip3o_ds.model.dit import DiT
@@ -188,3 +189,56 @@ def test_the_process_prints_json_last_and_ends_with_the_status(run_dir, trained)
     assert json.loads(good.stdout.splitlines()[-1])["evaluation"].keys() == {"held"}
     assert json.loads(bad.stdout.splitlines()[-1])["kind"] == "DataError"
     assert "Traceback" not in good.stderr + bad.stderr
+
+
+def test_train_has_the_documented_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+
+    flags = {word.strip("[],") for word in capsys.readouterr().out.split() if word.strip("[]").startswith("--")}
+    assert flags == {
+        *("--chunked_embeddings_dir", "--output_dir", "--model_size", "--training_mode", "--batch_size"),
+        *("--num_epochs", "--learning_rate", "--max_shards", "--overfit_test_size", "--debug_mode", "--config"),
+        *("--set", "--deepspeed_config", "--resume", "--json", "--help"),
+    }
+
+
+def test_a_flag_sets_its_setting():
+    given = {"data.train_dir": "d", "train.output_dir": "o", "model.token_layout": "cls_patch", "data.max_shards": 2,
+             "train.micro_batch_size": 4, "train.num_epochs": 3, "train.learning_rate": 0.1,
+             "train.overfit_test_size": 5, "train.deepspeed_config": "f", "train.debug_mode": True}  # fmt: skip
+    flags = {name: setting.flag.split()[0] for name, setting in SETTINGS.items() if setting.flag}
+    arguments = [text for name, flag in flags.items() for text in (flag, str(given[name]))[: 2 - (given[name] is True)]]
+
+    args = build_parser().parse_args(["train", *arguments])
+
+    assert flags.keys() == given.keys()
+    assert {name: getattr(args, name) for name in given} == given
+    nothing = build_parser().parse_args(["train"])
+    assert all(getattr(nothing, name) is None for name in given)
+
+
+def test_config_prints_every_setting_of_a_preset(command, capsys):
+    status, settings = command("config", "--model_size", "tiny", "--set", "train.seed=9")
+
+    assert (status, settings.keys()) == (0, SETTINGS.keys())
+    assert (settings["model.hidden_size"]["value"], settings["train.seed"]["value"]) == (384, 9)
+    assert settings["train.learning_rate"]["flag"] == "--learning_rate"
+    assert settings["eval.sampler.solver"]["choices"] == ["euler", "midpoint", "heun"]
+    assert all(setting["meaning"] for setting in settings.values())
+
+
+def test_plan_takes_the_dims_from_settings(command):
+    _, default = command("plan", "--model_size", "tiny")
+    _, wide = command("plan", "--model_size", "tiny", "--set", "model.eva_dim=5120")
+
+    assert wide["parameters"] - default["parameters"] == 1024 * load_run_config("tiny").model.hidden_size
+
+
+@pytest.mark.parametrize(("content", "found"), [("{}", "1 problem found"), (None, "1 problem found")])
+def test_one_problem_is_one_problem(capsys, tmp_path, content, found):
+    if content:
+        (tmp_path / "manifest.json").write_text(content)
+
+    assert main(["data", "verify", str(tmp_path)]) == 1
+    assert found in capsys.readouterr().err

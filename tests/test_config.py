@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from blip3o_ds.config import (
+    SETTINGS,
     build_run_config,
     get_blip3o_clip_config,
     get_memory_optimized_config,
@@ -112,3 +113,77 @@ def test_more_memory_never_gives_a_smaller_model():
 def test_too_little_memory_is_an_error():
     with pytest.raises(ConfigError):
         get_memory_optimized_config(0.01)
+
+
+def test_every_setting_has_a_meaning_and_every_alias_is_of_one_setting():
+    assert all(len(setting.meaning) > 5 for setting in SETTINGS.values())
+    names = [(setting.name.rpartition(".")[0], alias) for setting in SETTINGS.values() for alias in setting.aliases]
+    assert len(names) == len(set(names))
+    assert not {alias for _, alias in names} & {name.rpartition(".")[2] for name in SETTINGS} - {"steps", "batch_size"}
+
+
+def test_a_setting_and_the_one_it_excludes_name_each_other():
+    excludes = {name: setting.excludes for name, setting in SETTINGS.items() if setting.excludes}
+
+    assert excludes == {"train.num_epochs": "train.max_steps", "train.max_steps": "train.num_epochs"}
+
+
+def test_a_later_layer_replaces_the_setting_it_excludes_and_one_layer_cannot_have_both(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {num_epochs: 3}")
+    assert load_run_config("demo", file).train.max_steps is None
+
+    file.write_text("train: {num_epochs: 3, max_steps: 5}")
+    with pytest.raises(ConfigError, match=r"train\.num_epochs = 3 and train\.max_steps = 5 exclude each other"):
+        load_run_config("demo", file)
+
+
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS.values() if setting.choices])
+def test_a_default_is_one_of_the_choices(setting):
+    assert setting.default in setting.choices
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        ("train.lr", "train.learning_rate"),
+        ("lr", "train.learning_rate"),
+        ("train.batch_size", "train.micro_batch_size"),
+        ("batch_size", "train.micro_batch_size"),
+        ("epochs", "train.num_epochs"),
+        ("train.steps", "train.max_steps"),
+        ("wd", "train.weight_decay"),
+        ("train.max_step", "train.max_steps"),
+        ("eval.batchsize", "eval.batch_size"),
+        ("foo", None),
+        ("train.foo", None),
+        ("train.lo", None),
+    ],
+)
+def test_only_a_near_name_or_an_alias_is_suggested(name, suggested):
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(overrides=[f"{name}=1"])
+
+    if suggested:
+        assert f"{name} is not a setting; did you mean {suggested}?" in str(raised.value)
+    else:
+        assert "did you mean" not in str(raised.value)
+        assert "`blip3o-ds config` prints all settings" in str(raised.value)
+
+
+def test_what_is_given_is_known_and_a_preset_gives_no_dims():
+    for preset in preset_names():
+        given = load_run_config(preset, overrides=["model.eva_dim=7"]).model.model_fields_set
+        assert given & {name.rpartition(".")[2] for name, s in SETTINGS.items() if s.from_data} == {"eva_dim"}
+
+
+def test_the_printed_configuration_is_a_file_with_the_same_settings(tmp_path):
+    config = load_run_config("demo", overrides=["data.eval_dirs=[a, b]", "eval.sampler.steps=3"])
+    file = tmp_path / "run.yaml"
+    file.write_text(SETTINGS.to_yaml(config))
+
+    read = load_run_config(None, file)
+
+    assert read == config
+    assert not read.model.model_fields_set & {"eva_dim", "clip_dim", "grid_size", "token_layout"}
+    assert all(setting.meaning in file.read_text() for setting in SETTINGS.values())

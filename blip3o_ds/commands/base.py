@@ -59,9 +59,9 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_config(args: argparse.Namespace) -> RunConfig:
-    """The settings that a command was given."""
-    return load_run_config(args.model_size or "base", args.config, args.set, given_settings(args))
+def load_config(args: argparse.Namespace, preset: str | None = "base") -> RunConfig:
+    """The settings that a command was given, on top of a preset."""
+    return load_run_config(args.model_size or preset, args.config, args.set, given_settings(args))
 
 
 def show(result: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def add_training_commands(commands: Any) -> None:
     for name, setting in SETTINGS.items():
         if setting.flag:
             add_setting(p, name)
-    p.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="resume RUN, or the newest run")
+    p.add_argument(
+        "--resume", nargs="?", const="latest", metavar="RUN", help="resume RUN, or the newest in --output_dir"
+    )
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher, which sets LOCAL_RANK too
 
     p = add_command(commands, "config", run_config, "print every setting with its value and meaning, as a YAML file")
@@ -57,7 +59,8 @@ def add_training_commands(commands: Any) -> None:
 
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
-    config = load_config(args)  # before the heavy import: a wrong setting is reported at once
+    preset = None if args.resume else "base"  # a resumed run has its own settings already
+    config = load_config(args, preset)  # before the heavy import, so that a wrong setting is reported at once
     from blip3o_ds.training.loop import train
 
     return train(config, args.resume)

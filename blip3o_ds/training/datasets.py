@@ -70,26 +70,31 @@ def prepare_statistics(
     return Normalizer.load(normalizer_file), Baselines.load(baselines_file)
 
 
+def with_dims_of(config: RunConfig, dataset: EmbeddingDataset) -> RunConfig:
+    """The settings with the dims of the model that were not given taken from the training set."""
+    found = {**dataset.spec.model_dims(), "token_layout": dataset.spec.token_layout}
+    model = config.model.model_copy(update={name: v for name, v in found.items() if not _is_given(config, name)})
+    return config.model_copy(update={"model": model})
+
+
 def _open(config: RunConfig, folder: str, bad_samples: BadSamples, **part: Any) -> EmbeddingDataset:
-    data = config.data
+    """A dataset in the token layout of the model, checked against the dims of the model, as far as they are given."""
     dataset = EmbeddingDataset(
         folder,
-        token_layout=config.model.token_layout,
-        cache_dir=data.cache_dir,
-        cache_gb=data.cache_gb,
+        token_layout=config.model.token_layout if _is_given(config, "token_layout") else None,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
         bad_samples=bad_samples,
         **part,
     )
-    check_dims(config, dataset, folder)
+    found = dataset.spec.model_dims().items()
+    wrong = {k: v for k, v in found if _is_given(config, k) and getattr(config.model, k) != v}
+    if wrong:
+        stated = ", ".join(f"model.{k} = {getattr(config.model, k)} but the data has {v}" for k, v in wrong.items())
+        remedy = " ".join(f"--set model.{k}={v}" for k, v in wrong.items())
+        raise ConfigError(f"{folder}: {stated}; for this data: {remedy}")
     return dataset
 
 
-def check_dims(config: RunConfig, dataset: EmbeddingDataset, folder: str) -> None:
-    """Raise a `ConfigError` unless the dataset's dims are the model's."""
-    wrong = {name: value for name, value in dataset.spec.model_dims().items() if getattr(config.model, name) != value}
-    if wrong:
-        stated = ", ".join(
-            f"model.{name} = {getattr(config.model, name)} but the data has {v}" for name, v in wrong.items()
-        )
-        remedy = " ".join(f"--set model.{name}={v}" for name, v in wrong.items())
-        raise ConfigError(f"{folder}: {stated}; for this data: {remedy}")
+def _is_given(config: RunConfig, name: str) -> bool:
+    return name in config.model.model_fields_set

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 import subprocess
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,61 @@ import torch
 import torch.distributed as dist
 
 import blip3o_ds
-from blip3o_ds.config import RunConfig
+from blip3o_ds.config import SETTINGS, RunConfig, build_run_config
 from blip3o_ds.errors import CheckpointError, ConfigError
 from blip3o_ds.runs.folder import RUN_CONFIG, create_run, newest_run, read_run_config
+from blip3o_ds.settings import flatten
 
 logger = logging.getLogger(__name__)
 
-# A run is resumed only if these are as they were: they decide what the remaining steps compute. So does the global
-# batch, which `keep_global_batch` sees to.
-FIXED_ON_RESUME = (
-    *("model", "flow", "data.train_dir", "data.normalization", "data.max_shards", "data.window_shards"),
-    *("train.optimizer", "train.schedule"),
-    *("train.learning_rate", "train.min_lr_ratio", "train.warmup_steps", "train.weight_decay", "train.adam_beta1"),
-    *("train.adam_beta2", "train.adam_eps", "train.max_grad_norm", "train.precision", "train.ema_decay", "train.seed"),
-    *("train.overfit_test_size", "train.num_epochs", "train.max_steps"),
-)
+
+def resumed_config(given: RunConfig, resume: str) -> tuple[RunConfig, Path]:
+    """The settings of the run to resume, changed by those that `given` states, and its folder.
+
+    Args:
+        resume: the folder, or `latest` for the newest run in `train.output_dir`.
+
+    Raises:
+        CheckpointError: there is no run, or its settings cannot be read.
+        ConfigError: a setting is changed that decides what the remaining steps compute.
+    """
+    folder = newest_run(_output_dir(given)) if resume == "latest" else Path(resume)
+    saved, _ = _read_run(folder)
+    config = build_run_config(
+        SETTINGS.merge([flatten(saved.model_dump()), flatten(given.model_dump(exclude_unset=True))])
+    )
+    for name, setting in SETTINGS.items():
+        before, now = attrgetter(name)(saved), attrgetter(name)(config)
+        if before != now and not setting.may_change:
+            raise ConfigError(f"{name} was {before!r} when {folder} began and is {now!r} now; resume with the former")
+    return config, folder
 
 
-def prepare_run_dir(config: RunConfig, resume: str | None, rank: int) -> Path:
-    """Make a run folder in `train.output_dir`, or find the one to resume; every rank calls it and gets the same."""
-    if config.train.output_dir is None:
-        raise ConfigError("train.output_dir is not set; give --output_dir DIR, where runs are kept")
-    outcome: list[Any] = [None, None]
-    if rank == 0:
+def prepare_run_dir(config: RunConfig, resumed: Path | None, rank: int) -> Path:
+    """The folder of the run that is resumed, or a new one in `train.output_dir`; every rank calls it.
+
+    Raises:
+        ConfigError: ranks see different runs as the newest.
+    """
+    outcome: list[Any] = [resumed, None]
+    if rank == 0 and not resumed:
         try:
-            output_dir = Path(config.train.output_dir)
-            if resume:
-                outcome[0] = newest_run(output_dir) if resume == "latest" else Path(resume)
-                _check_fixed(config, outcome[0])
-            else:
-                outcome[0] = create_run(output_dir, config, describe_environment())
-        except (ConfigError, CheckpointError, OSError) as error:
+            outcome[0] = create_run(_output_dir(config), config, describe_environment())
+        except (ConfigError, OSError) as error:
             outcome[1] = error  # raised on every rank, so that none waits for another
     dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    folder, failure = outcome
+    if failure is not None:
+        raise failure
+    if resumed and resumed != folder:
+        raise ConfigError(f"rank {rank} finds {resumed} to resume, rank 0 {folder}; name the run: --resume {folder}")
+    return folder
+
+
+def _output_dir(config: RunConfig) -> Path:
+    if config.train.output_dir is None:
+        raise ConfigError("train.output_dir is not set; give --output_dir DIR, where runs are kept")
+    return Path(config.train.output_dir)
 
 
 def keep_global_batch(config: RunConfig, run_dir: Path, world_size: int) -> RunConfig:
@@ -104,16 +124,6 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _check_fixed(config: RunConfig, run_dir: Path) -> None:
-    saved, now = _read_run(run_dir)[0].model_dump(mode="json"), config.model_dump(mode="json")
-    for name in FIXED_ON_RESUME:
-        before, after = _lookup(saved, name), _lookup(now, name)
-        if before != after:
-            raise ConfigError(
-                f"{name} was {before!r} when {run_dir} began and is {after!r} now; resume with the former"
-            )
-
-
 def _read_run(run_dir: Path) -> tuple[RunConfig, int]:
     """The settings with which a run began, and on how many ranks."""
     config, content = read_run_config(run_dir)
@@ -123,9 +133,3 @@ def _read_run(run_dir: Path) -> tuple[RunConfig, int]:
             f"{run_dir / RUN_CONFIG}: expected the number of ranks under `world_size`, found {world_size!r}"
         )
     return config, world_size
-
-
-def _lookup(settings: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        settings = settings.get(part)
-    return settings

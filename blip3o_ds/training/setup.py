@@ -28,7 +28,7 @@ from blip3o_ds.model.dit import DiT
 from blip3o_ds.runs.folder import BAD_SAMPLES, CHECKPOINTS, LOG
 from blip3o_ds.training.anomalies import SpikeDetector
 from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
-from blip3o_ds.training.datasets import open_eval_data, open_train_data, prepare_statistics
+from blip3o_ds.training.datasets import open_eval_data, open_train_data, prepare_statistics, with_dims_of
 from blip3o_ds.training.debug import DebugProbe
 from blip3o_ds.training.engine import Engine
 from blip3o_ds.training.launch import init_distributed
@@ -36,7 +36,7 @@ from blip3o_ds.training.meter import StepMeter
 from blip3o_ds.training.optim import check_names
 from blip3o_ds.training.peers import SILENCE_SECONDS, PeerWatch
 from blip3o_ds.training.preemption import StopSignal
-from blip3o_ds.training.resume import keep_global_batch, prepare_run_dir
+from blip3o_ds.training.resume import keep_global_batch, prepare_run_dir, resumed_config
 from blip3o_ds.training.state import TrainState
 from blip3o_ds.training.telemetry import MetricsWriter, Progress, setup_logging
 
@@ -68,6 +68,9 @@ class Run:
 @contextmanager
 def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
     """Join the other ranks and open a new run, or the one to resume at its newest checkpoint."""
+    resumed = None
+    if resume:
+        config, resumed = resumed_config(config, resume)
     flow = build_flow(config)
     check_names(config.train)
     with ExitStack() as stack:
@@ -78,7 +81,8 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
 
         bad_samples = BadSamples(config.data.on_bad_sample, config.data.on_bad_shard)
         dataset = open_train_data(config, bad_samples)
-        folder = prepare_run_dir(config, resume, rank)
+        config = with_dims_of(config, dataset)
+        folder = prepare_run_dir(config, resumed, rank)
         setup_logging(rank, folder / LOG)
         bad_samples.write_to(folder / BAD_SAMPLES, rank)
         if resume:

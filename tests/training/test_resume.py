@@ -1,4 +1,4 @@
-"""The run that a resume finds, or why it is none."""
+"""The run that a resume finds, with its own settings and those that may change."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from blip3o_ds.errors import CheckpointError
-from blip3o_ds.training.resume import prepare_run_dir
+from blip3o_ds.config import SETTINGS, load_run_config
+from blip3o_ds.errors import CheckpointError, ConfigError
+from blip3o_ds.training.resume import prepare_run_dir, resumed_config
 from tests.training.conftest import small_config
 
 
@@ -21,17 +22,64 @@ from tests.training.conftest import small_config
         ('{"config": {}}', "expected the number of ranks under `world_size`, found None"),
     ],
 )
-def test_settings_that_are_not_as_they_were_written_are_a_clear_error(one_rank, tmp_path, content, problem):
+def test_settings_that_are_not_as_they_were_written_are_a_clear_error(tmp_path, content, problem):
     (tmp_path / "experiment_config.json").write_text(content)
     config = small_config(2, **{"train.output_dir": str(tmp_path)})
 
     with pytest.raises(CheckpointError, match=f"experiment_config.json.*{problem}"):
-        prepare_run_dir(config, str(tmp_path), rank=0)
+        resumed_config(config, str(tmp_path))
 
 
 def test_a_run_is_found_again_by_latest(one_rank, tmp_path):
     config = small_config(2, **{"train.output_dir": str(tmp_path)})
     run_dir = prepare_run_dir(config, None, rank=0)
 
-    assert prepare_run_dir(config, "latest", rank=0) == run_dir
+    assert resumed_config(config, "latest") == (config, run_dir)
     assert json.loads((run_dir / "experiment_config.json").read_text())["world_size"] == 1
+
+
+@pytest.fixture
+def run_dir(one_rank, tmp_path):
+    """A run that began with settings of its own."""
+    given = {"train.output_dir": str(tmp_path), "train.seed": 7, "train.log_every": 3, "data.train_dir": "somewhere"}
+    return prepare_run_dir(small_config(2, **given), None, rank=0)
+
+
+def test_a_run_is_resumed_with_its_own_settings_and_what_is_given_on_top(run_dir):
+    config, found = resumed_config(load_run_config(None, overrides=["train.save_every=9"]), str(run_dir))
+
+    assert found == run_dir
+    assert (config.train.seed, config.train.log_every, config.data.train_dir) == (7, 3, "somewhere")
+    assert config.train.save_every == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.seed=8", "train.seed was 7"),
+        ("model.ffn_dim=32", "model.ffn_dim was 64"),
+        ("flow.timestep_shift=2", "flow.timestep_shift was 30.0"),
+        ("train.num_epochs=2", "train.num_epochs was None"),
+    ],
+)
+def test_a_setting_that_decides_the_remaining_steps_may_not_change(run_dir, override, named):
+    with pytest.raises(ConfigError, match=named):
+        resumed_config(load_run_config(None, overrides=[override]), str(run_dir))
+
+
+def test_the_newest_run_is_looked_for_in_the_output_folder_that_is_given():
+    with pytest.raises(ConfigError, match="give --output_dir"):
+        resumed_config(load_run_config(None), "latest")
+
+
+def test_exactly_these_settings_are_fixed_when_a_run_is_resumed():
+    fixed = {name for name, setting in SETTINGS.items() if not setting.may_change}
+
+    assert {name for name in fixed if not name.startswith(("model.", "flow."))} == {
+        *("data.train_dir", "data.normalization", "data.max_shards", "data.window_shards"),
+        *("train.optimizer", "train.schedule"),
+        *("train.learning_rate", "train.min_lr_ratio", "train.warmup_steps", "train.weight_decay", "train.adam_beta1"),
+        *("train.adam_beta2", "train.adam_eps", "train.max_grad_norm", "train.precision", "train.ema_decay"),
+        *("train.seed", "train.overfit_test_size", "train.num_epochs", "train.max_steps"),
+    }
+    assert fixed >= {name for name in SETTINGS if name.startswith(("model.", "flow."))}

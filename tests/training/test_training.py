@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,6 +163,27 @@ def test_dims_that_are_not_the_datas_are_refused_with_the_remedy(embeddings, tmp
     assert "--set model.eva_dim=12" in run.output
     assert run.run_dir is None
     assert "Traceback" not in run.output
+
+
+def test_dims_that_are_not_given_are_those_of_the_data_and_a_resume_needs_only_the_run(tmp_path, launch):
+    data = write_embeddings(tmp_path / "data", 16, grid=3, eva_dim=10, clip_dim=6)
+    without = {f"model.{name}": ... for name in ("eva_dim", "clip_dim", "grid_size")}
+    settings = {"train.max_steps": 4, "train.save_every": 2}
+    first = launch(data, tmp_path / "out", None, {**settings, **without})
+    assert first.returncode == 0, first.output
+    model = json.loads((first.run_dir / "experiment_config.json").read_text())["config"]["model"]
+    assert {name: model[name] for name in ("eva_dim", "clip_dim", "grid_size", "token_layout")} == {
+        **{"eva_dim": 10, "clip_dim": 6, "grid_size": 3, "token_layout": "patch_only"}
+    }
+
+    shutil.rmtree(first.run_dir / "checkpoints/step_00000004")
+    command = [sys.executable, "scripts/train_clip_reproduction.py", "--resume", str(first.run_dir)]
+    resumed = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=300)
+
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed from" in resumed.stdout + resumed.stderr
+    assert (first.run_dir / "checkpoints/step_00000004").is_dir()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [first.run_dir.name]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
