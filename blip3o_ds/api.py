@@ -1,0 +1,76 @@
+"""The Python face of the package: open a trained model and a dataset, generate, and evaluate.
+
+The run's own evaluation settings apply; settings of the sampler given as keyword arguments replace them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_ds.config import EvalConfig, build_run_config
+from blip3o_ds.data.format.schema import TokenLayout
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.evaluation import report
+from blip3o_ds.evaluation.generate import generate_batch
+from blip3o_ds.evaluation.report import EvalResult
+from blip3o_ds.model.dit import DiT
+from blip3o_ds.runs.pretrained import Pretrained, load_pretrained
+
+__all__ = ["DiT", "evaluate", "load_dataset", "load_pretrained", "sample"]
+
+
+def load_dataset(folder: str | Path, token_layout: TokenLayout | None = None) -> EmbeddingDataset:
+    """The dataset in `folder` or behind a URL; `token_layout="patch_only"` drops stored CLS tokens.
+
+    Raises:
+        DataError: it is not a dataset, or has no CLS token for `cls_patch`.
+    """
+    return EmbeddingDataset(folder, token_layout=token_layout)
+
+
+def sample(pretrained: Pretrained, eva: Tensor, indices: Sequence[int] | None = None, **sampler: Any) -> Tensor:
+    """Generate a CLIP embedding for each EVA embedding: `[B, N, De]` -> `[B, N, Dc]` fp32, on the CPU.
+
+    Both are in the space of the stored embeddings; with normalisation `full` the result has unit norm.
+
+    Args:
+        indices: `[B]` numbers that choose the noise of each image, 0 to B-1 by default. Image i of a dataset gets the
+            same noise here as in `blip3o-ds generate`.
+        sampler: `steps`, `solver`, `guidance_scale`, `seed`.
+
+    Raises:
+        ConfigError: a setting of the sampler is not valid.
+    """
+    positions = torch.tensor(range(len(eva)) if indices is None else indices, dtype=torch.int64)
+    settings = _settings(pretrained, sampler=sampler)
+    return generate_batch(pretrained, eva, positions, settings.sampler).cpu()
+
+
+def evaluate(
+    pretrained: Pretrained, dataset: EmbeddingDataset, max_samples: int | None = None, **sampler: Any
+) -> EvalResult:
+    """Generate the embeddings of `dataset` and compare them with the true ones, next to two baselines.
+
+    Args:
+        max_samples: evaluate only this many samples, spread evenly over the dataset; all by default.
+        sampler: `steps`, `solver`, `guidance_scale`, `seed`.
+
+    Returns:
+        `readings[reading][metric]`, and what they were computed from.
+
+    Raises:
+        ConfigError: a setting is not valid.
+        DataError: the dataset is empty.
+    """
+    return report.evaluate(pretrained, dataset, _settings(pretrained, sampler=sampler, max_samples=max_samples))
+
+
+def _settings(pretrained: Pretrained, sampler: dict[str, Any], **changes: Any) -> EvalConfig:
+    settings = pretrained.config.eval.model_dump() | changes
+    settings["sampler"] |= sampler
+    return build_run_config({"eval": settings}).eval

@@ -1,0 +1,93 @@
+"""The Python face: cheap to import, and the same numbers as the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import blip3o_ds
+from blip3o_ds.config import build_run_config
+from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.errors import ConfigError
+from blip3o_ds.evaluation.baselines import fit_baselines
+from blip3o_ds.evaluation.generate import generate
+from blip3o_ds.runs.folder import BASELINES, NORMALIZER
+from tests.conftest import write_embeddings
+
+MODEL = {"eva_dim": 12, "clip_dim": 8, "grid_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2,
+         "num_kv_heads": 1, "ffn_dim": 24}  # fmt: skip
+
+
+def stack(dataset: EmbeddingDataset, name: str) -> torch.Tensor:
+    return torch.stack([dataset.read(*dataset.place(index))[name] for index in range(len(dataset))])
+
+
+@pytest.fixture
+def dataset(tmp_path) -> EmbeddingDataset:
+    return blip3o_ds.load_dataset(write_embeddings(tmp_path / "data", 10))
+
+
+@pytest.fixture
+def pretrained(tmp_path, dataset):
+    """An export whose embeddings are standardised, so that raw space and network space differ."""
+    config = build_run_config({"model": MODEL, "eval": {"sampler": {"steps": 3}, "batch_size": 4}})
+    torch.manual_seed(0)
+    model = blip3o_ds.DiT(config.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    normalizer = Normalizer.from_stats("standardize", dataset.manifest.stats)
+    settings = {name: getattr(config, name).model_dump(mode="json") for name in ("flow", "eval")}
+    facts = {"normalization": "standardize", "precision": "bf16", "step": 7, "weights": "ema"}
+    folder = tmp_path / "exported"
+    model.save_pretrained(folder, extra={**settings, **facts})
+    normalizer.save(folder / NORMALIZER)
+    fit_baselines(dataset, normalizer).save(folder / BASELINES)
+    return blip3o_ds.load_pretrained(folder)
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, blip3o_ds; assert 'torch' not in sys.modules; blip3o_ds.DiT; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_name_is_there_and_no_other():
+    assert {"DiT", "evaluate", "load_dataset", "load_pretrained", "sample"} <= set(dir(blip3o_ds))
+    assert all(callable(getattr(blip3o_ds, name)) for name in blip3o_ds.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = blip3o_ds.nothing
+
+
+def test_sample_gives_what_generate_writes(pretrained, dataset, tmp_path):
+    generate(pretrained, dataset, tmp_path / "out", pretrained.config.eval, "x")
+    written = EmbeddingDataset(tmp_path / "out")
+    eva = stack(dataset, "eva")
+
+    together = blip3o_ds.sample(pretrained, eva)
+    last = blip3o_ds.sample(pretrained, eva[7:], indices=[7, 8, 9])
+
+    clip = stack(written, "clip")
+    torch.testing.assert_close(together, clip)
+    torch.testing.assert_close(last, clip[7:])
+
+
+def test_evaluate_measures_what_sample_gives(pretrained, dataset):
+    eva, clip = stack(dataset, "eva"), stack(dataset, "clip")
+
+    result = blip3o_ds.evaluate(pretrained, dataset, steps=2, solver="heun", seed=5)
+
+    generated = blip3o_ds.sample(pretrained, eva, steps=2, solver="heun", seed=5)
+    assert result.readings["sampled"]["mse"] == pytest.approx(float((generated - clip).square().mean()), rel=1e-5)
+    assert (result.space, result.num_samples, result.sampler.steps) == ("raw", 10, 2)
+    assert blip3o_ds.evaluate(pretrained, dataset, max_samples=4).num_samples == 4
+
+
+def test_a_wrong_setting_of_the_sampler_is_named(pretrained, dataset):
+    with pytest.raises(ConfigError, match=r"eval\.sampler\.step.*steps"):
+        blip3o_ds.evaluate(pretrained, dataset, step=2)
+    with pytest.raises(ConfigError, match=r"eval\.sampler\.solver.*'euler2'"):
+        blip3o_ds.sample(pretrained, torch.zeros(1, 16, 12), solver="euler2")
