@@ -1,4 +1,4 @@
-"""Whether every operation is right here: against float64, by the rule of the tests, on small shapes.
+"""Whether every operation is right here: against its reference in float64, by the rule of the tests, on small shapes.
 
 On a GPU the compiled kernels are checked, without one those of Triton's interpreter.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor
 
 import blip3o_kernels
 from benchmarks.providers import gradients
-from benchmarks.workloads import WORKLOADS, Arguments, Case, Outputs
-from blip3o_kernels import reference, use_kernels
-from blip3o_kernels.aot import ModelShape
+from benchmarks.workloads import ATTENTION, WORKLOADS, Case
+from blip3o_kernels import use_kernels
+from blip3o_kernels.registry import REFERENCE
+from blip3o_kernels.workload import ModelShape, Tensors
 
 SMALL = ModelShape("small", 48, 6, 2, 40, 33, clip_dim=24, batch_size=2)  # odd lengths, sizes that are no powers of two
-PARTS = {name: ("qk_norm_rope", "gqa_attention") for name in ("self_attention", "cross_attention")}  # checked apart
+PARTS = {name: ("qk_norm_rope", "gqa_attention") for name in ATTENTION[1:]}  # checked one by one
 FLOOR = 8 * torch.finfo(torch.float32).eps
 
 
@@ -49,9 +49,9 @@ def _check(case: Case, device: torch.device | str) -> Verdict:
     arguments = case.arguments(device)
     with use_kernels("triton"):
         kernel = _results(case, blip3o_kernels, arguments)
-    plain = _results(case, reference, arguments)
+    plain = _results(case, REFERENCE, arguments)
     doubles = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in arguments)
-    exact = _results(case, ORACLE, doubles, [y.dtype for _, y in plain])
+    exact = _results(case, REFERENCE, doubles, [y.dtype for _, y in plain])
     errors = [
         (_error(found, truth) / (2 * _error(expected, truth) + FLOOR * truth.abs().max().item() + 1e-300), name)
         for (name, found), (_, expected), (_, truth) in zip(kernel, plain, exact, strict=True)
@@ -60,7 +60,7 @@ def _check(case: Case, device: torch.device | str) -> Verdict:
 
 
 def _results(
-    case: Case, operations: Any, arguments: Arguments, dtypes: list[torch.dtype] | None = None
+    case: Case, operations: Any, arguments: Tensors, dtypes: list[torch.dtype] | None = None
 ) -> list[tuple[str, Tensor]]:
     """Outputs and gradients with their names, for the same upstream gradients at every precision."""
     outputs = WORKLOADS[case.workload].run(operations, arguments)
@@ -69,7 +69,7 @@ def _results(
     return found + [(f"gradient {i}", g) for i, g in enumerate(gradients(outputs, arguments, upstream))]
 
 
-def _upstream(outputs: Outputs, dtypes: list[torch.dtype]) -> Outputs:
+def _upstream(outputs: Tensors, dtypes: list[torch.dtype]) -> Tensors:
     generator = torch.Generator().manual_seed(1)
     return tuple(
         torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, dtype).to(y.dtype)
@@ -79,52 +79,3 @@ def _upstream(outputs: Outputs, dtypes: list[torch.dtype]) -> Outputs:
 
 def _error(found: Tensor, exact: Tensor) -> float:
     return torch.nan_to_num((found.double() - exact).abs(), nan=float("inf")).max().item()
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
-    normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-    return normed if scale is None else normed * (1 + scale[:, None])
-
-
-def _sandwich(
-    branch: Tensor, residual: Tensor, post: Tensor, gate: Tensor, pre: Tensor, scale: Tensor, eps: float
-) -> Outputs:
-    residual = residual + gate.tanh()[:, None] * _rms_norm(branch, post, eps)
-    return residual, _rms_norm(residual, pre, eps, scale)
-
-
-def _qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> Outputs:
-    def turned(x: Tensor) -> Tensor:
-        even, odd, c, s = x[..., ::2], x[..., 1::2], cos[:, None], sin[:, None]
-        return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2)
-
-    return turned(_rms_norm(q, q_weight, eps)), turned(_rms_norm(k, k_weight, eps))
-
-
-def _gqa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[3] ** -0.5).softmax(-1)
-    return torch.einsum("bhnm,bmhd->bnhd", weights, v)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return gate / (1 + torch.exp(-gate)) * up
-
-
-def _flow_matching_loss(prediction: Tensor, target: Tensor) -> Outputs:
-    p, t = prediction.detach(), target
-    cosine = (p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1))
-    mse = (prediction - target).square().mean(dim=(1, 2))
-    return mse, cosine.mean(-1), p.norm(dim=-1).mean(-1), t.norm(dim=-1).mean(-1)
-
-
-ORACLE = SimpleNamespace(
-    rms_norm=_rms_norm,
-    sandwich=_sandwich,
-    qk_norm_rope=_qk_norm_rope,
-    gqa_attention=_gqa_attention,
-    swiglu=_swiglu,
-    flow_matching_loss=_flow_matching_loss,
-)

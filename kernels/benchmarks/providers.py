@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import blip3o_kernels
-from benchmarks.workloads import ATTENTION, WORKLOADS, Arguments, Outputs, Workload
-from blip3o_kernels import reference, use_kernels
+from benchmarks.workloads import ATTENTION, WORKLOADS
+from blip3o_kernels import use_kernels
+from blip3o_kernels.registry import REFERENCE
+from blip3o_kernels.workload import Tensors, Workload
 
 OURS = "triton"
 SDPA = {
@@ -33,7 +35,7 @@ class Provider:
     """A name and a function of a workload's arguments."""
 
     name: str
-    run: Callable[[Arguments], Outputs]
+    run: Callable[[Tensors], Tensors]
 
 
 def providers(name: str, backend: str = "inductor") -> list[Provider]:
@@ -47,11 +49,11 @@ def providers(name: str, backend: str = "inductor") -> list[Provider]:
     workload = WORKLOADS[name]
     found = [
         Provider(OURS, partial(_ours, workload)),
-        Provider("pytorch", partial(workload.run, reference)),
+        Provider("pytorch", partial(workload.run, REFERENCE)),
         Provider("compile", _compiled(workload, backend)),
     ]
     if name in ATTENTION:
-        rope = torch.compile(reference.qk_norm_rope, fullgraph=True, backend=backend)
+        rope = torch.compile(REFERENCE.qk_norm_rope, fullgraph=True, backend=backend)
         for kernel in SDPA:
             operations = SimpleNamespace(qk_norm_rope=rope, gqa_attention=partial(_sdpa, kernel))
             found.append(Provider(kernel, partial(_dynamic_batch, partial(workload.run, operations))))
@@ -61,20 +63,20 @@ def providers(name: str, backend: str = "inductor") -> list[Provider]:
     return found
 
 
-def _ours(workload: Workload, arguments: Arguments) -> Outputs:
+def _ours(workload: Workload, arguments: Tensors) -> Tensors:
     with use_kernels("triton"):
         return workload.run(blip3o_kernels, arguments)
 
 
-def _compiled(workload: Workload, backend: str) -> Callable[[Arguments], Outputs]:
-    def plain(*arguments: Tensor) -> Outputs:
-        return workload.run(reference, arguments)
+def _compiled(workload: Workload, backend: str) -> Callable[[Tensors], Tensors]:
+    def plain(*arguments: Tensor) -> Tensors:
+        return workload.run(REFERENCE, arguments)
 
     compiled = torch.compile(plain, fullgraph=True, backend=backend)
     return partial(_dynamic_batch, lambda arguments: compiled(*arguments))
 
 
-def _dynamic_batch(function: Callable[[Arguments], Outputs], arguments: Arguments) -> Outputs:
+def _dynamic_batch(function: Callable[[Tensors], Tensors], arguments: Tensors) -> Tensors:
     """One compilation for all batch sizes; every other size is compiled in."""
     batch = arguments[0].shape[0]
     for x in arguments:
@@ -93,9 +95,9 @@ def _sdpa(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _libraries() -> dict[str, dict[str, Callable[[Arguments], Outputs]]]:
+def _libraries() -> dict[str, dict[str, Callable[[Tensors], Tensors]]]:
     """What other kernel libraries have of these workloads, by library and workload."""
-    found: dict[str, dict[str, Callable[[Arguments], Outputs]]] = {}
+    found: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {}
     if find_spec("liger_kernel"):
         found["liger"] = {
             "rms_norm": _liger_rms_norm,
@@ -107,34 +109,34 @@ def _libraries() -> dict[str, dict[str, Callable[[Arguments], Outputs]]]:
     return found
 
 
-def _liger_rms_norm(arguments: Arguments) -> Outputs:
+def _liger_rms_norm(arguments: Tensors) -> Tensors:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     x, weight = arguments
     return (LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "gemma", False),)
 
 
-def _liger_modulated_rms_norm(arguments: Arguments) -> Outputs:
+def _liger_modulated_rms_norm(arguments: Tensors) -> Tensors:
     from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
 
     x, weight, scale = arguments
     return (LigerModulatedRMSNormFunction.apply(x, weight, scale, None, 1e-6, 0.0, "gemma", False),)
 
 
-def _liger_swiglu(arguments: Arguments) -> Outputs:
+def _liger_swiglu(arguments: Tensors) -> Tensors:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     return (LigerSiLUMulFunction.apply(*arguments),)
 
 
-def _quack_rms_norm(arguments: Arguments) -> Outputs:
+def _quack_rms_norm(arguments: Tensors) -> Tensors:
     from quack import rmsnorm
 
     x, weight = arguments
     return (rmsnorm(x.flatten(0, 1), weight, eps=1e-6).view(x.shape),)
 
 
-def gradients(outputs: Outputs, arguments: Arguments, upstream: Outputs, retain_graph: bool = False) -> Outputs:
+def gradients(outputs: Tensors, arguments: Tensors, upstream: Tensors, retain_graph: bool = False) -> Tensors:
     """The backward pass: gradients of every argument that requires one."""
     pairs = [(y, dy) for y, dy in zip(outputs, upstream, strict=True) if y.requires_grad]
     leaves = [x for x in arguments if x.requires_grad]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 from benchmarks.goals import by_provider, goals
 from benchmarks.measure import Rates
 from benchmarks.providers import OURS
-from benchmarks.runner import PASSES, Results, Row, Step
+from benchmarks.runner import Results, Row, Step
+from benchmarks.workloads import PASSES
+from blip3o_kernels.launch import write_atomically
 
 COLOURS = {OURS: "#c0392b", "compile": "#1b6ca8", "pytorch": "#9a9a9a", "flash": "#2e8b57", "cudnn": "#8e5ea2"}
 
@@ -30,14 +31,14 @@ def slug(name: str) -> str:
 def write_report(folder: Path, machine: dict[str, Any], rates: Rates, results: Results, steps: list[Step]) -> None:
     """Write `results.csv`, `train_step.csv`, one PNG for each operation, and `results.json` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "results.csv", _csv(Row, results.rows))
+    write_atomically(folder / "results.csv", _csv(Row, results.rows))
     if steps:
-        _write(folder / "train_step.csv", _csv(Step, steps))
+        write_atomically(folder / "train_step.csv", _csv(Step, steps))
     for operation in dict.fromkeys(row.operation for row in results.rows):
         for dtype in dict.fromkeys(row.dtype for row in results.rows if row.operation == operation):
             rows = [row for row in results.rows if (row.operation, row.dtype) == (operation, dtype) and row.sweep]
             if rows:
-                _write(folder / f"{operation}_{dtype}.png", _picture(rows, machine, rates))
+                write_atomically(folder / f"{operation}_{dtype}.png", _picture(rows, machine, rates))
     content = {
         "machine": machine,
         "measured_rates": {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflop_per_s": rates.matmul / 1e12},
@@ -47,7 +48,7 @@ def write_report(folder: Path, machine: dict[str, Any], rates: Rates, results: R
         "absent": [asdict(absent) for absent in results.absent],
         "not_timed": [asdict(case) for case in results.not_timed],
     }
-    _write(folder / "results.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(folder / "results.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def table(rows: list[Row]) -> str:
@@ -118,12 +119,3 @@ def _picture(rows: list[Row], machine: dict[str, Any], rates: Rates) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

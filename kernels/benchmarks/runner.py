@@ -14,11 +14,10 @@ import torch
 
 from benchmarks.measure import Rates, Task, Timer, Timing, alternate, peak_memory
 from benchmarks.providers import OURS, Provider, gradients, providers
-from benchmarks.workloads import Arguments, Case, Outputs
+from benchmarks.workloads import PASSES, Case
+from blip3o_kernels.workload import Tensors
 
 logger = logging.getLogger(__name__)
-
-PASSES = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def run_cases(
     return results
 
 
-def able(case: Case, compared: list[Provider], arguments: Arguments) -> tuple[list[Provider], list[Absent]]:
+def able(case: Case, compared: list[Provider], arguments: Tensors) -> tuple[list[Provider], list[Absent]]:
     """Call each once, both ways: who can compute this case, and who cannot."""
     found, absent = [], []
     for provider in compared:
@@ -138,7 +137,7 @@ def able(case: Case, compared: list[Provider], arguments: Arguments) -> tuple[li
     return found, absent
 
 
-def _upstream(outputs: Outputs) -> Outputs:
+def _upstream(outputs: Tensors) -> Tensors:
     generator = torch.Generator(outputs[0].device).manual_seed(1)
     return tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs)
 
@@ -146,7 +145,7 @@ def _upstream(outputs: Outputs) -> Outputs:
 def _rows(
     case: Case,
     compared: list[Provider],
-    arguments: Arguments,
+    arguments: Tensors,
     timer: Timer,
     rates: Rates,
     rounds: int,
@@ -162,7 +161,7 @@ def _rows(
     return rows
 
 
-def _task(name: str, provider: Provider, arguments: Arguments, upstream: Outputs) -> Task:
+def _task(name: str, provider: Provider, arguments: Tensors, upstream: Tensors) -> Task:
     if name == "forward":
         return Task(lambda _: provider.run(arguments))
     if name == "both":
@@ -171,7 +170,7 @@ def _task(name: str, provider: Provider, arguments: Arguments, upstream: Outputs
     return Task(lambda outputs: gradients(outputs, arguments, upstream), lambda: provider.run(arguments))
 
 
-def _both(provider: Provider, arguments: Arguments, upstream: Outputs) -> None:
+def _both(provider: Provider, arguments: Tensors, upstream: Tensors) -> None:
     gradients(provider.run(arguments), arguments, upstream)
 
 

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,14 +18,16 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from benchmarks.measure import Task, Timer, alternate
 from benchmarks.providers import OURS, gradients, providers
 from benchmarks.warm import Call
-from benchmarks.workloads import DTYPES, Arguments, Case, Outputs, model_shape
-from blip3o_kernels import attention_config
+from benchmarks.workloads import DTYPES, WORKLOADS, Case, model_shape
 from blip3o_kernels.launch import force_config, shape_class
+from blip3o_kernels.registry import OPERATIONS
+from blip3o_kernels.workload import Tensors
 
 logger = logging.getLogger(__name__)
 
 FINALISTS = 4
 RULE = "rule"
+TUNABLE = tuple(name for name, operation in OPERATIONS.items() if operation.candidates)
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-4}  # of the norm of the difference, relative
 
 
@@ -57,39 +58,23 @@ def searches(operations: list[str], dtypes: list[str], presets: list[str], arch:
     found: dict[tuple[str, str], Search] = {}
     for dtype in dtypes:
         for preset in presets:
-            for workload in operations:
-                for search in _searches_of(workload, dtype, preset, arch):
+            for name in operations:
+                for search in _searches_of(name, dtype, preset, arch):
                     found.setdefault((search.op, search.shape_class), search)
     return list(found.values())
 
 
-def _searches_of(workload: str, dtype: str, preset: str, arch: int) -> list[Search]:
-    shape = model_shape(preset, 256, 256)
-    D = {"swiglu": shape.ffn_dim, "flow_matching_loss": shape.clip_dim, "qk_norm_rope": shape.head_dim}
-    cases: tuple[Case, ...] = (Case(workload, shape, dtype),)
-    if workload == "gqa_attention":
-        D[workload] = shape.head_dim
-        # Groups of three heads and of two, whole blocks and a token over.
+def _searches_of(name: str, dtype: str, preset: str, arch: int) -> list[Search]:
+    operation, shape = OPERATIONS[name], model_shape(preset, 256, 256)
+    cases: tuple[Case, ...] = (Case(name, shape, dtype),)
+    if WORKLOADS[name].products[0]:  # attention: groups of three heads and of two, whole blocks and a token over
         sizes = [(p, N) for p in ("base", "large") for N in (256, 257)]
-        cases = tuple(Case(workload, model_shape(p, N, 128), dtype) for p, N in sizes)
-    width = D.get(workload, shape.hidden_size)
-    key = shape_class(DTYPES[dtype], D=width)
-    spaces = _spaces(workload, width, dtype, arch)
+        cases = tuple(Case(name, model_shape(p, N, 128), dtype) for p, N in sizes)
+    D = operation.channels(shape)
     return [
-        Search(op, key, tuple(configs), cases, backward=not op.endswith(("forward", workload)))
-        for op, configs in spaces.items()
+        Search(op, shape_class(DTYPES[dtype], D=D), tuple(configs), cases, backward=not op.endswith(("forward", name)))
+        for op, configs in operation.candidates(D, DTYPES[dtype], arch).items()
     ]
-
-
-def _spaces(workload: str, D: int, dtype: str, arch: int) -> dict[str, list[Any]]:
-    if workload == "gqa_attention":
-        spaces = attention_config.candidates(D, DTYPES[dtype], arch)
-        return {f"gqa_attention_{kernel}": configs for kernel, configs in spaces.items()}
-    module = {"qk_norm_rope": "rope", "flow_matching_loss": "flow_loss"}.get(workload, workload)
-    return dict(import_module(f"blip3o_kernels.{module}").candidates(D))
-
-
-TUNABLE = ("gqa_attention", "sandwich", "qk_norm_rope", "swiglu", "rms_norm", "flow_matching_loss")
 
 
 def tune(
@@ -146,12 +131,12 @@ class _Bench:
         self.search, self.case = search, case
         self.provider = providers(case.workload)[0]
         assert self.provider.name == OURS
-        self.arguments: Arguments = case.arguments(device)
-        self.outputs: Outputs = self.provider.run(self.arguments)
+        self.arguments: Tensors = case.arguments(device)
+        self.outputs: Tensors = self.provider.run(self.arguments)
         generator = torch.Generator(device).manual_seed(1)
         self.upstream = tuple(torch.empty_like(y).normal_(generator=generator) for y in self.outputs)
 
-    def run(self, config: Any) -> Outputs:
+    def run(self, config: Any) -> Tensors:
         with force_config(self.search.op, None if config == RULE else config):
             if not self.search.backward:
                 return self.provider.run(self.arguments)

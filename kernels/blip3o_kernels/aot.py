@@ -1,8 +1,8 @@
 """Compile every kernel as training launches it, for GPUs that need not be here: `python -m blip3o_kernels.aot`.
 
 Prints registers, spills and shared memory of each, and exits 1 on a spill or on more shared memory than a block of the
-GPU may have. What is launched is recorded, not listed: every op module defines `launches(shape, dtype)`, which calls
-its launchers on `meta` tensors, and each `kernel[grid](...)` inside becomes a `Variant` in place of a run.
+GPU may have. What is launched is recorded, not listed: an operation's `launches(shape, dtype)` calls its launchers on
+`meta` tensors, and each `kernel[grid](...)` inside becomes a `Variant` in place of a run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from blip3o_kernels.launch import assume_arch
+from blip3o_kernels.registry import OPERATIONS
+from blip3o_kernels.workload import SHAPES, ModelShape
 
-OPS = ("rms_norm", "sandwich", "rope", "attention", "swiglu", "flow_loss", "dequantize")
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of one block, by architecture
 EXTENTS = {"H", "HKV", "G", "D"}  # constants that only count or stride; blocks and widths are chosen from them
 POINTERS = {
@@ -42,35 +43,6 @@ POINTERS = {
 }
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that an op's launches depend on."""
-
-    name: str
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_dim: int
-    num_tokens: int
-    eva_dim: int = 4096
-    clip_dim: int = 1024
-    batch_size: int = 8
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-
-SHAPES = tuple(
-    ModelShape(f"{name}-{num_tokens}", *sizes, num_tokens)
-    for name, *sizes in (
-        ("tiny", 384, 6, 2, 1536),
-        ("small", 512, 8, 4, 2048),
-        ("base", 768, 12, 4, 3072),
-        ("large", 1024, 16, 8, 4096),
-    )
-    for num_tokens in (256, 257)
-)
 WIDE_HEADS = (  # no preset has them, but the attention kernels take them, with other configurations
     ModelShape("heads-of-96", 768, 8, 4, 3072, 257),
     ModelShape("heads-of-128", 1024, 8, 4, 4096, 257),
@@ -82,7 +54,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Variant:
     """One specialisation of one kernel: what Triton's launcher would compile for a call."""
 
-    op: str  # module of the kernel, in this package
+    module: str  # of the kernel, in this package
     kernel: str
     signature: tuple[tuple[str, str], ...]  # argument -> Triton type, "constexpr" among them
     constexprs: tuple[tuple[str, object], ...]
@@ -98,7 +70,7 @@ class Variant:
     def configuration(self) -> tuple[object, ...]:
         """The kernel, the dtype it works on, and all that a rule has chosen for it."""
         chosen = tuple((name, value) for name, value in self.constexprs if name.isupper() and name not in EXTENTS)
-        return self.op, self.kernel, self.pointers[0], self.options, chosen
+        return self.module, self.kernel, self.pointers[0], self.options, chosen
 
     @property
     def label(self) -> str:
@@ -126,20 +98,19 @@ def shipped_variants(
     arch: int,
     shapes: tuple[ModelShape, ...] = SHAPES + WIDE_HEADS,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
-    ops: tuple[str, ...] = OPS,
+    operations: tuple[str, ...] = tuple(OPERATIONS),
 ) -> list[Variant]:
     """The distinct variants of these operations, in the order of their first launch."""
     with assume_arch(arch), record_launches() as recorded:
-        for op in ops:
-            module = importlib.import_module(f"blip3o_kernels.{op}")
+        for name in operations:
             for shape in shapes:
                 for dtype in dtypes:
-                    module.launches(shape, dtype)
+                    OPERATIONS[name].launches(shape, dtype)
     return list(dict.fromkeys(recorded))
 
 
 def one_of_each_configuration(variants: list[Variant]) -> list[Variant]:
-    """Of the variants that differ in sizes and in which tensors are there, one that has the most tensors."""
+    """From variants that differ only in sizes and in which tensors are there, the one that has the most tensors."""
     chosen: dict[tuple[object, ...], Variant] = {}
     for variant in variants:
         other = chosen.setdefault(variant.configuration, variant)
@@ -165,7 +136,7 @@ def record_launches() -> Iterator[list[Variant]]:
 
 def compile_variant(arch: int, variant: Variant) -> Usage:
     """Compile for `arch`, with no GPU, and read the code object's resources."""
-    kernel = getattr(importlib.import_module(f"blip3o_kernels.{variant.op}"), variant.kernel)
+    kernel = getattr(importlib.import_module(f"blip3o_kernels.{variant.module}"), variant.kernel)
     names = kernel.arg_names
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
     source = ASTSource(kernel, dict(variant.signature), dict(variant.constexprs), attrs)
@@ -188,9 +159,9 @@ def _variant(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str, ob
             constexprs.append((parameter.name, value))
         elif _is_divisible(value) and not parameter.do_not_specialize:
             divisible.append(parameter.name)
-    op = kernel.fn.__module__.rpartition(".")[2]
+    module = kernel.fn.__module__.rpartition(".")[2]
     return Variant(
-        op, kernel.fn.__name__, tuple(signature), tuple(constexprs), tuple(divisible), tuple(options.items())
+        module, kernel.fn.__name__, tuple(signature), tuple(constexprs), tuple(divisible), tuple(options.items())
     )
 
 
@@ -201,11 +172,11 @@ def _is_one(value: object) -> bool:
 def _type_of(value: object) -> str:
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
     if isinstance(value, bool):
         return "u1"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
 
 
 def _is_divisible(value: object) -> bool:
@@ -256,7 +227,7 @@ def print_table(usages: list[Usage]) -> None:
     write(row.format("arch", "kernel", "variant", "warps", "stages", "registers", "spilled", "shared", "") + "\n")
     for u in usages:
         options, verdict = dict(u.variant.options), "" if u.fits else "DOES NOT FIT"
-        name = f"{u.variant.op}.{u.variant.kernel.strip('_')}"
+        name = f"{u.variant.module}.{u.variant.kernel.strip('_')}"
         launch = options.get("num_warps", "-"), options.get("num_stages", "-")
         columns = (f"sm_{u.arch}", name, u.variant.label, *launch, u.registers, u.spilled, u.shared)
         write(row.format(*columns, verdict).rstrip() + "\n")

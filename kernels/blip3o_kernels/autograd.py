@@ -1,6 +1,6 @@
-"""Gradients of custom operations, under ordinary autograd and under `torch.func`.
+"""Kernels as operations of PyTorch in the namespace `blip3o`, with gradients under autograd and under `torch.func`.
 
-`register_autograd` serves the first, and torch.compile with it; the function transforms want an `autograd.Function`.
+`register_autograd` serves the first, and torch.compile with it; the function transforms need an `autograd.Function`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def custom_op(name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """`blip3o::name`, of the signature of `launch`.
+
+    Args:
+        fake: of the same arguments, gives outputs of the right shapes, dtypes and strides without values.
+    """
+    op = torch.library.custom_op(f"blip3o::{name}", launch, mutates_args=())
+    op.register_fake(fake)
+    return op
 
 
 def differentiable(op: Any, save: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
     """Give a custom operation its gradient, and return what to call in its place, by position.
 
     Args:
-        op: what `torch.library.custom_op` made.
         save: `(ctx, inputs, output)`, keeps what the gradient needs.
         gradients: `(ctx, *upstream)`, one gradient or None for each input.
     """
@@ -37,10 +48,16 @@ def differentiable(op: Any, save: Callable[..., None], gradients: Callable[..., 
     return call
 
 
-def differentiable_once(op: Any) -> Callable[..., Any]:
-    """Return what to call in place of a custom operation that is itself a gradient and has none."""
+def backward_op(name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what to call for `blip3o::name_backward`, an operation that is itself a gradient and has none."""
+    op = custom_op(f"{name}_backward", launch, fake)
 
     def refuse(ctx: Any, *upstream: Any) -> Any:
         raise RuntimeError(f"{op._qualname}: has no second derivative; compute it under use_kernels('torch')")
 
     return differentiable(op, lambda ctx, inputs, output: None, refuse)
+
+
+def like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """New contiguous tensors without values, of these shapes and dtypes."""
+    return tuple(x.new_empty(x.shape) for x in tensors)

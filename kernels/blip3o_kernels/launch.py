@@ -175,23 +175,25 @@ def shape_class(dtype: torch.dtype, **sizes: int) -> str:
 
 
 def record(gpu: str, op: str, shape_class: str, config: Any | None, path: Path = TUNED_PATH) -> None:
-    """Keep a measured configuration in the table in place of an earlier one, or none where the rule is best.
-
-    The file is renamed into place.
-    """
+    """Keep a measured configuration in the table in place of an earlier one, or none where the rule is best."""
     table = dict(tuned_table(path))
     operations = dict(table.get(gpu, {}))
     operations[op] = {key: entry for key, entry in operations.get(op, {}).items() if key != shape_class}
     if config is not None:
         operations[op][shape_class] = asdict(config)
     table[gpu] = operations
+    write_atomically(path, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
+    tuned_table.cache_clear()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file under a temporary name and rename it into place: it is the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    tuned_table.cache_clear()
 
 
 @lru_cache(maxsize=8)
@@ -227,14 +229,9 @@ def as_rows(x: Tensor, per_sample: bool = True) -> Tensor:
     return x.flatten(1, -2)
 
 
-def dense(x: Tensor | None) -> Tensor | None:
+def dense(x: Tensor) -> Tensor:
     """x with dense channels: itself, or one copy."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def row_stride(x: Tensor | None) -> int:
-    """The stride of the samples of `[B, D]`; 0 for an absent tensor."""
-    return 0 if x is None else x.stride(0)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

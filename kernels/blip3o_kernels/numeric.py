@@ -1,9 +1,9 @@
 """Functions that run inside several kernels, on fp32 values in registers."""
 
-import triton
-import triton.language as tl
+from __future__ import annotations
 
 from blip3o_kernels.dispatch import INTERPRET
+from blip3o_kernels.triton_language import tl, triton
 
 INTERPRETED = tl.constexpr(INTERPRET)
 

@@ -9,14 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels import reference
-from blip3o_kernels.autograd import differentiable, differentiable_once
-from blip3o_kernels.checks import check_rms_norm
-from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.checks import check_floating, check_parameter
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
     RowConfig,
@@ -29,13 +25,53 @@ from blip3o_kernels.launch import (
     parameter_dtypes,
     row_candidates,
     row_config,
-    row_stride,
     shape_class,
     sum_candidates,
     sum_config,
     too_wide,
 )
 from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
+from blip3o_kernels.operation import Operation, compute_dtype
+from blip3o_kernels.triton_language import tl, triton
+from blip3o_kernels.workload import ModelShape, Workload, hidden_size
+
+
+def reference(x: Tensor, weight: Tensor, eps: float = 1e-6, scale: Tensor | None = None) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) * weight * (1 + scale)`, the mean over channels (Zhang & Sennrich 2019).
+
+    Args:
+        x: `[..., D]`; with `scale`, `[B, ..., D]`. The kernel takes D to 8192.
+        weight: `[D]`.
+        scale: `[B, D]`, one per sample, or None for no modulation.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    gain = weight.to(compute_dtype(x))
+    if scale is not None:
+        gain = per_sample(gain * (1 + scale.to(gain.dtype)), x)
+    return normalized(x, eps, gain).to(x.dtype)
+
+
+def normalized(x: Tensor, eps: float, gain: Tensor) -> Tensor:
+    """`x / rms(x) * gain`, computed in gain's dtype and not rounded to x's."""
+    x = x.to(gain.dtype)
+    mean_square = torch.linalg.vecdot(x, x)[..., None] / x.shape[-1]  # one pass, no tensor of squares
+    return x * gain * torch.rsqrt(mean_square + eps)
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """`[B, D]` as `[B, 1, ..., 1, D]`, to broadcast over the tokens of x."""
+    return values.view(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
+
+
+def check(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> str | None:
+    D = x.shape[-1] if x.dim() else 0
+    check_floating("x", x)
+    check_parameter("weight", weight, (D,), "x", x)
+    if scale is not None:
+        check_parameter("scale", scale, (x.shape[0], D), "x", x)
+    return too_wide("x", x)
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
@@ -113,14 +149,15 @@ def sum_rows(rows, d, count, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constex
 
 def launch_forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
     """y of x's shape, contiguous."""
-    rows, weight, scale = as_rows(x, scale is not None), weight.contiguous(), dense(scale)
+    rows, weight = as_rows(x, scale is not None), weight.contiguous()
+    scale, scale_b = _modulation(scale)
     B, N, D = rows.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    config = choose("rms_norm", shape_class(x.dtype, D=D), x, forward_rule(N, D))
+    config = choose("rms_norm", shape_class(x.dtype, D=D), x, row_config(N, D, elements_per_thread=32))
     blocks = cdiv(N, config.rows)
     with torch.cuda.device_of(x):
         _forward_kernel[(B * blocks,)](
-            rows, weight, scale, y, rows.stride(0), rows.stride(1), row_stride(scale), N, blocks, eps,
+            rows, weight, scale, y, rows.stride(0), rows.stride(1), scale_b, N, blocks, eps,
             D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return y
@@ -131,19 +168,29 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and scale; the last is an empty tensor without a scale."""
     per_sample = scale is not None
-    rows, upstream, weight, scale = as_rows(x, per_sample), as_rows(dy, per_sample), weight.contiguous(), dense(scale)
+    rows, upstream, weight = as_rows(x, per_sample), as_rows(dy, per_sample), weight.contiguous()
+    scale, scale_b = _modulation(scale)
     B, N, D = rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    config = choose("rms_norm_backward", shape_class(x.dtype, D=D), x, backward_rule(N, D))
+    rule = sum_config(N, D, elements_per_thread=16)  # two tiles and their sum are held at once
+    config = choose("rms_norm_backward", shape_class(x.dtype, D=D), x, rule)
     splits, tiles = config.split(B, N)
     partial = torch.empty(B, splits, D, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _backward_kernel[(B * splits,)](
             upstream, rows, weight, scale, dx, partial, upstream.stride(0), upstream.stride(1), rows.stride(0),
-            rows.stride(1), row_stride(scale), N, splits, tiles, eps,
+            rows.stride(1), scale_b, N, splits, tiles, eps,
             D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
         )  # fmt: skip
     return dx, *gain_gradients(partial, weight, scale, gate=False)
+
+
+def _modulation(scale: Tensor | None) -> tuple[Tensor | None, int]:
+    """The scale with dense channels and the stride of its samples."""
+    if scale is None:
+        return None, 0
+    scale = dense(scale)
+    return scale, scale.stride(0)
 
 
 def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate: bool) -> tuple[Tensor, Tensor]:
@@ -171,25 +218,14 @@ def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate:
     return d_weight, d_factor
 
 
-def forward_rule(N: int, D: int) -> RowConfig:
-    """The default configuration of the forward kernel."""
-    return row_config(N, D, elements_per_thread=32)
-
-
-def backward_rule(N: int, D: int) -> SumConfig:
-    """The default configuration of the backward kernel, which holds two tiles and their sum."""
-    return sum_config(N, D, elements_per_thread=16)
-
-
-def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
+def candidates(D: int, *_: Any) -> dict[str, list[RowConfig] | list[SumConfig]]:
     """What a search tries for each kernel."""
     return {"rms_norm": row_candidates(D, (8, 16, 32, 64)), "rms_norm_backward": sum_candidates(D, (8, 16, 32))}
 
 
-def launches(shape: Any, dtype: torch.dtype) -> None:
-    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
-    B, N, D = shape.batch_size, shape.num_tokens, shape.hidden_size
-    x = torch.empty(B, N, D, dtype=dtype, device="meta")
+def launches(shape: ModelShape, dtype: torch.dtype) -> None:
+    B, _, D = shape.rows
+    x = torch.empty(shape.rows, dtype=dtype, device="meta")
     scale = torch.empty(B, 6 * D, dtype=dtype, device="meta")[:, :D]
     for parameters in parameter_dtypes(dtype):
         for modulation in (scale, None):
@@ -198,28 +234,11 @@ def launches(shape: Any, dtype: torch.dtype) -> None:
             launch_backward(x, x, weight, modulation, 1e-6)
 
 
-@torch.library.custom_op("blip3o::rms_norm", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
-    return launch_forward(x, weight, scale, eps)
-
-
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@torch.library.custom_op("blip3o::rms_norm_backward", mutates_args=())
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(dy, x, weight, scale, eps)
-
-
-@_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    d_scale = weight.new_empty(0) if scale is None else torch.empty(scale.shape, dtype=scale.dtype, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(weight.shape), d_scale
-
-
-_rms_norm_backward = differentiable_once(_backward)
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x, d_weight = like(x, weight)
+    return d_x, d_weight, weight.new_empty(0) if scale is None else scale.new_empty(scale.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -229,25 +248,36 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale = ctx.saved_tensors
-    dx, d_weight, d_scale = _rms_norm_backward(dy, x, weight, scale, ctx.eps)
+    dx, d_weight, d_scale = _backward(dy, x, weight, scale, ctx.eps)
     return dx, d_weight, None if scale is None else d_scale, None
 
 
-_rms_norm = differentiable(_forward, _save, _gradients)
+_forward = differentiable(custom_op("rms_norm", launch_forward, lambda x, *_: like(x)[0]), _save, _gradients)
+_backward = backward_op("rms_norm", launch_backward, _fake_backward)
 
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, scale: Tensor | None = None) -> Tensor:
-    """`reference.rms_norm`: `x / sqrt(mean(x²) + eps) * weight * (1 + scale)`, the mean over channels.
-
-    Args:
-        x: `[..., D]`; with `scale`, `[B, ..., D]`. The kernel takes D to 8192.
-        weight: `[D]`.
-        scale: `[B, D]`, one per sample, or None for no modulation.
-
-    Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
-    """
-    check_rms_norm(x, weight, scale)
-    if triton_chosen(x, too_wide("x", x)):
-        return _rms_norm(x, weight, scale, eps)
-    return reference.rms_norm(x, weight, eps, scale)
+OPERATION = Operation(
+    "rms_norm",
+    reference,
+    check,
+    lambda x, weight, eps, scale: _forward(x, weight, scale, eps),
+    launches,
+    hidden_size,
+    candidates,
+    (
+        Workload(
+            "rms_norm",
+            lambda make, shape: (make.leaf(*shape.rows), make.leaf(shape.hidden_size)),
+            lambda operations, *x: operations.rms_norm(*x, 1e-6),
+            hidden_size,
+            tensors=(2, 3),
+        ),
+        Workload(
+            "modulated_rms_norm",
+            lambda make, shape: tuple(make.leaf(*sizes) for sizes in (shape.rows, shape.rows[2:], shape.rows[::2])),
+            lambda operations, x, weight, scale: operations.rms_norm(x, weight, 1e-6, scale),
+            hidden_size,
+            tensors=(2, 3),
+        ),
+    ),
+)
+rms_norm = OPERATION.public()

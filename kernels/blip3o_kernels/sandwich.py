@@ -9,14 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels import reference
-from blip3o_kernels.autograd import differentiable, differentiable_once
-from blip3o_kernels.checks import check_sandwich
-from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.checks import check_device, check_dtype, check_floating, check_parameter, check_shape
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
     RowConfig,
@@ -35,7 +31,65 @@ from blip3o_kernels.launch import (
     too_wide,
 )
 from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
-from blip3o_kernels.rms_norm import gain_gradients
+from blip3o_kernels.operation import Operation, compute_dtype
+from blip3o_kernels.rms_norm import gain_gradients, normalized, per_sample
+from blip3o_kernels.triton_language import tl, triton
+from blip3o_kernels.workload import Maker, ModelShape, Tensors, Workload, hidden_size
+
+
+def reference(
+    branch_out: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    gate: Tensor,
+    next_pre_weight: Tensor,
+    next_scale: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """End one branch of a block and begin the next one (sandwich norm, after Lumina-Next, Zhuo et al. 2024).
+
+        new_residual = residual + tanh(gate) * rms_norm(branch_out, post_weight)
+        next_input   = rms_norm(new_residual, next_pre_weight, scale=next_scale)
+
+    The second line reads `new_residual` as rounded to its dtype.
+
+    Args:
+        branch_out, residual: `[B, N, D]`, of one dtype. The kernel takes D to 8192.
+        post_weight, next_pre_weight: `[D]`.
+        gate, next_scale: `[B, D]`.
+
+    Returns:
+        `(new_residual, next_input)`, both `[B, N, D]`.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    dtype = compute_dtype(residual)
+    gain = per_sample(post_weight.to(dtype) * torch.tanh(gate.to(dtype)), branch_out)
+    new_residual = torch.add(residual, normalized(branch_out, eps, gain)).to(residual.dtype)
+    gain = per_sample(next_pre_weight.to(dtype) * (1 + next_scale.to(dtype)), branch_out)
+    return new_residual, normalized(new_residual, eps, gain).to(residual.dtype)
+
+
+def check(
+    branch_out: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    gate: Tensor,
+    next_pre_weight: Tensor,
+    next_scale: Tensor,
+    eps: float,
+) -> str | None:
+    check_floating("branch_out", branch_out, dims=3)
+    B, _, D = branch_out.shape
+    check_shape("residual", residual, branch_out.shape)
+    check_dtype("residual", residual, "branch_out", branch_out)
+    check_device("residual", residual, "branch_out", branch_out)
+    check_parameter("post_weight", post_weight, (D,), "branch_out", branch_out)
+    check_parameter("gate", gate, (B, D), "branch_out", branch_out)
+    check_parameter("next_pre_weight", next_pre_weight, (D,), "branch_out", branch_out)
+    check_parameter("next_scale", next_scale, (B, D), "branch_out", branch_out)
+    return too_wide("branch_out", branch_out)
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
@@ -119,7 +173,7 @@ def launch_forward(
     branch, stream, gate, scale = as_rows(branch_out), as_rows(residual), dense(gate), dense(next_scale)
     B, N, D = branch.shape
     new_residual, next_input = (torch.empty(B, N, D, dtype=branch.dtype, device=branch.device) for _ in range(2))
-    config = choose("sandwich", shape_class(branch.dtype, D=D), branch, forward_rule(N, D))
+    config = choose("sandwich", shape_class(branch.dtype, D=D), branch, row_config(N, D, elements_per_thread=16))
     blocks = cdiv(N, config.rows)
     with torch.cuda.device_of(branch):
         _forward_kernel[(B * blocks,)](
@@ -147,7 +201,8 @@ def launch_backward(
     pre_weight, scale = next_pre_weight.contiguous(), dense(next_scale)
     B, N, D = branch.shape
     d_branch, d_residual = (torch.empty(B, N, D, dtype=branch.dtype, device=branch.device) for _ in range(2))
-    config = choose("sandwich_backward", shape_class(branch.dtype, D=D), branch, backward_rule(N, D))
+    rule = sum_config(N, D, elements_per_thread=8, tile=2048)  # four tiles and two sums are held at once
+    config = choose("sandwich_backward", shape_class(branch.dtype, D=D), branch, rule)
     splits, tiles = config.split(B, N)
     post, pre = (torch.empty(B, splits, D, dtype=torch.float32, device=branch.device) for _ in range(2))
     with torch.cuda.device_of(branch):
@@ -162,25 +217,14 @@ def launch_backward(
     return d_branch, d_residual, d_post_weight, d_gate, d_pre_weight, d_scale
 
 
-def forward_rule(N: int, D: int) -> RowConfig:
-    """The default configuration of the forward kernel, which holds two tiles."""
-    return row_config(N, D, elements_per_thread=16)
-
-
-def backward_rule(N: int, D: int) -> SumConfig:
-    """The default configuration of the backward kernel, which holds four tiles and two sums."""
-    return sum_config(N, D, elements_per_thread=8, tile=2048)
-
-
-def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
+def candidates(D: int, *_: Any) -> dict[str, list[RowConfig] | list[SumConfig]]:
     """What a search tries for each kernel."""
     return {"sandwich": row_candidates(D, (8, 16, 32)), "sandwich_backward": sum_candidates(D, (8, 16))}
 
 
-def launches(shape: Any, dtype: torch.dtype) -> None:
-    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
-    B, N, D = shape.batch_size, shape.num_tokens, shape.hidden_size
-    x = torch.empty(B, N, D, dtype=dtype, device="meta")
+def launches(shape: ModelShape, dtype: torch.dtype) -> None:
+    B, _, D = shape.rows
+    x = torch.empty(shape.rows, dtype=dtype, device="meta")
     gate, scale = torch.empty(B, 6 * D, dtype=dtype, device="meta").chunk(6, dim=-1)[:2]
     for parameters in parameter_dtypes(dtype):
         weight = torch.empty(D, dtype=parameters, device="meta")
@@ -188,48 +232,10 @@ def launches(shape: Any, dtype: torch.dtype) -> None:
         launch_backward(x, x, x, x, weight, gate, weight, scale, 1e-6)
 
 
-@torch.library.custom_op("blip3o::sandwich", mutates_args=())
-def _forward(
-    branch_out: Tensor,
-    residual: Tensor,
-    post_weight: Tensor,
-    gate: Tensor,
-    next_pre_weight: Tensor,
-    next_scale: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return launch_forward(branch_out, residual, post_weight, gate, next_pre_weight, next_scale, eps)
-
-
-@_forward.register_fake
-def _(branch_out: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    new_residual, next_input = (branch_out.new_empty(branch_out.shape) for _ in range(2))
-    return new_residual, next_input
-
-
-@torch.library.custom_op("blip3o::sandwich_backward", mutates_args=())
-def _backward(
-    d_new_residual: Tensor,
-    d_next_input: Tensor,
-    branch_out: Tensor,
-    new_residual: Tensor,
-    post_weight: Tensor,
-    gate: Tensor,
-    next_pre_weight: Tensor,
-    next_scale: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launch_backward(
-        d_new_residual, d_next_input, branch_out, new_residual, post_weight, gate, next_pre_weight, next_scale, eps
-    )
-
-
-@_backward.register_fake
-def _(
+def _fake_backward(
     d_new_residual: Tensor, d_next_input: Tensor, branch_out: Tensor, new_residual: Tensor, *parameters: Any
 ) -> tuple[Tensor, ...]:
-    *parameters, _ = parameters
-    return tuple(x.new_empty(x.shape) for x in (branch_out, branch_out, *parameters))
+    return like(branch_out, branch_out, *parameters[:-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -238,39 +244,26 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, d_new_residual: Tensor, d_next_input: Tensor) -> tuple[Tensor | None, ...]:
-    return *_sandwich_backward(d_new_residual, d_next_input, *ctx.saved_tensors, ctx.eps), None
+    return *_backward(d_new_residual, d_next_input, *ctx.saved_tensors, ctx.eps), None
 
 
-_sandwich = differentiable(_forward, _save, _gradients)
-_sandwich_backward = differentiable_once(_backward)
+_backward = backward_op("sandwich", launch_backward, _fake_backward)
 
 
-def sandwich(
-    branch_out: Tensor,
-    residual: Tensor,
-    post_weight: Tensor,
-    gate: Tensor,
-    next_pre_weight: Tensor,
-    next_scale: Tensor,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """`reference.sandwich`: end one branch of a block and begin the next one (after Lumina-Next, Zhuo et al. 2024).
+def _make(make: Maker, shape: ModelShape) -> Tensors:
+    B, _, D = shape.rows
+    gate, scale = make.leaves((B, 6 * D), (D, D, 4 * D), -1)[:2]
+    return make.leaf(*shape.rows), make.leaf(*shape.rows), make.leaf(D), gate, make.leaf(D), scale
 
-        new_residual = residual + tanh(gate) * rms_norm(branch_out, post_weight)
-        next_input   = rms_norm(new_residual, next_pre_weight, scale=next_scale)
 
-    Args:
-        branch_out, residual: `[B, N, D]`, of one dtype. The kernel takes D to 8192.
-        post_weight, next_pre_weight: `[D]`.
-        gate, next_scale: `[B, D]`.
-
-    Returns:
-        `(new_residual, next_input)`, both `[B, N, D]`.
-
-    Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
-    """
-    check_sandwich(branch_out, residual, post_weight, gate, next_pre_weight, next_scale)
-    if triton_chosen(branch_out, too_wide("branch_out", branch_out)):
-        return _sandwich(branch_out, residual, post_weight, gate, next_pre_weight, next_scale, eps)
-    return reference.sandwich(branch_out, residual, post_weight, gate, next_pre_weight, next_scale, eps)
+OPERATION = Operation(
+    "sandwich",
+    reference,
+    check,
+    differentiable(custom_op("sandwich", launch_forward, lambda x, *_: like(x, x)), _save, _gradients),
+    launches,
+    hidden_size,
+    candidates,
+    (Workload("sandwich", _make, lambda operations, *x: operations.sandwich(*x, 1e-6), hidden_size, tensors=(4, 6)),),
+)
+sandwich = OPERATION.public()

@@ -9,14 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_kernels import reference
-from blip3o_kernels.autograd import differentiable, differentiable_once
-from blip3o_kernels.checks import check_swiglu
-from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.checks import check_device, check_dtype, check_floating, check_shape
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
     TileConfig,
@@ -28,6 +25,28 @@ from blip3o_kernels.launch import (
     tile_config,
 )
 from blip3o_kernels.numeric import rounded
+from blip3o_kernels.operation import Operation
+from blip3o_kernels.triton_language import tl, triton
+from blip3o_kernels.workload import Maker, ModelShape, Tensors, Workload
+
+
+def reference(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` (Shazeer 2020), both `[..., D]` of one dtype.
+
+    PyTorch's silu is fp32 inside; its result is rounded once before the product, which saves an fp32 copy of `gate`.
+    The kernel rounds once, after the product.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    return F.silu(gate) * up
+
+
+def check(gate: Tensor, up: Tensor) -> None:
+    check_floating("gate", gate)
+    check_shape("up", up, gate.shape)
+    check_dtype("up", up, "gate", gate)
+    check_device("up", up, "gate", gate)
 
 
 @triton.jit(do_not_specialize=["N", "row_blocks", "column_blocks"])
@@ -100,37 +119,15 @@ def launch_backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return d_both
 
 
-def candidates(D: int) -> dict[str, list[TileConfig]]:
+def candidates(D: int, *_: Any) -> dict[str, list[TileConfig]]:
     """What a search tries for each kernel."""
     return {"swiglu": tile_candidates(D), "swiglu_backward": tile_candidates(D)}
 
 
-def launches(shape: Any, dtype: torch.dtype) -> None:
-    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
+def launches(shape: ModelShape, dtype: torch.dtype) -> None:
     both = torch.empty(shape.batch_size, shape.num_tokens, 2 * shape.ffn_dim, dtype=dtype, device="meta")
     gate, up = both.chunk(2, dim=-1)
     launch_backward(launch_forward(gate, up), gate, up)
-
-
-@torch.library.custom_op("blip3o::swiglu", mutates_args=())
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    return launch_forward(gate, up)
-
-
-@_forward.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("blip3o::swiglu_backward", mutates_args=())
-def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return launch_backward(dy, gate, up)
-
-
-@_backward.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    *batch, D = gate.shape
-    return gate.new_empty(*batch, 2 * D)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -140,23 +137,32 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = ctx.saved_tensors
     # The dimension counted from the front, as autograd concatenates: the compiler matches the two literally.
-    d_gate, d_up = _swiglu_backward(dy, gate, up).split_with_sizes([gate.shape[-1]] * 2, dim=gate.dim() - 1)
+    d_gate, d_up = _backward(dy, gate, up).split_with_sizes([gate.shape[-1]] * 2, dim=gate.dim() - 1)
     return d_gate, d_up
 
 
-_swiglu = differentiable(_forward, _save, _gradients)
-_swiglu_backward = differentiable_once(_backward)
+_backward = backward_op(
+    "swiglu", launch_backward, lambda dy, gate, up: gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1])
+)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`reference.swiglu`: `silu(gate) * up` (Shazeer 2020), both `[..., D]` of one dtype.
+def _ffn_dim(shape: ModelShape) -> int:
+    return shape.ffn_dim
 
-    The kernel rounds once, after the product.
 
-    Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
-    """
-    check_swiglu(gate, up)
-    if triton_chosen(gate):
-        return _swiglu(gate, up)
-    return reference.swiglu(gate, up)
+def _make(make: Maker, shape: ModelShape) -> Tensors:
+    D = shape.ffn_dim
+    return make.leaves((shape.batch_size, shape.num_tokens, 2 * D), (D, D), -1)
+
+
+OPERATION = Operation(
+    "swiglu",
+    reference,
+    check,
+    differentiable(custom_op("swiglu", launch_forward, lambda gate, up: like(gate)[0]), _save, _gradients),
+    launches,
+    _ffn_dim,
+    candidates,
+    (Workload("swiglu", _make, lambda operations, *x: operations.swiglu(*x), _ffn_dim, tensors=(3, 5)),),
+)
+swiglu = OPERATION.public()

@@ -44,8 +44,8 @@ def test_sandwich(shape, dtype):
 @by_shape
 def test_qk_norm_rope(shape, dtype):
     sizes = shape.batch_size, shape.num_tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim
-    fused, exact = of("rope").pair(*of("rope").tables(shape.num_tokens, shape.head_dim))
-    assert_kernel_is_accurate(fused, exact, of("rope").arguments(*sizes, dtype))
+    fused, exact = of("qk_norm_rope").pair(*of("qk_norm_rope").tables(shape.num_tokens, shape.head_dim))
+    assert_kernel_is_accurate(fused, exact, of("qk_norm_rope").arguments(*sizes, dtype))
 
 
 @by_dtype
@@ -53,8 +53,8 @@ def test_qk_norm_rope(shape, dtype):
 def test_gqa_attention(shape, dtype):
     N = shape.num_tokens
     sizes = shape.batch_size, N, N, shape.num_heads, shape.num_kv_heads, shape.head_dim
-    inputs = of("attention").arguments(*sizes, dtype=dtype)
-    assert_kernel_is_accurate(gqa_attention, of("attention").exact, inputs)
+    inputs = of("gqa_attention").arguments(*sizes, dtype=dtype)
+    assert_kernel_is_accurate(gqa_attention, of("gqa_attention").exact, inputs)
 
 
 @by_dtype
@@ -73,7 +73,7 @@ def test_swiglu(shape, dtype):
 def test_flow_matching_loss(shape, dtype):
     sizes = shape.batch_size, shape.num_tokens, shape.clip_dim
     prediction, target = random(*sizes, dtype=dtype), random(*sizes, dtype=dtype, seed=1)
-    assert_kernel_is_accurate(of("flow_loss").mse, of("flow_loss").exact_mse, [prediction, target])
+    assert_kernel_is_accurate(of("flow_matching_loss").mse, of("flow_matching_loss").exact_mse, [prediction, target])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

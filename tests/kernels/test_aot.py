@@ -47,13 +47,13 @@ def test_every_shipped_configuration_fits(arch):
 TOO_LARGE = """
 import sys
 from blip3o_kernels import aot
-from blip3o_kernels.attention_config import AttentionConfig
+from blip3o_kernels.gqa_attention_config import AttentionConfig
 from blip3o_kernels.launch import force_config
 
-aot.OPS, aot.SHAPES, aot.WIDE_HEADS = ("attention",), aot.SHAPES[:1], ()
+aot.SHAPES, aot.WIDE_HEADS = aot.SHAPES[:1], ()
 shipped = aot.shipped_variants
 aot.shipped_variants = lambda arch, **_: [
-    v for v in shipped(arch, aot.SHAPES, aot.DTYPES[:1], aot.OPS) if v.kernel == "_forward_kernel"
+    v for v in shipped(arch, aot.SHAPES, aot.DTYPES[:1], ("gqa_attention",)) if v.kernel == "_forward_kernel"
 ][:1]
 with force_config("gqa_attention_forward", AttentionConfig(*map(int, sys.argv[1:]))):
     sys.exit(aot.main(["--arch", "89", "--jobs", "1"]))
@@ -79,7 +79,7 @@ def test_a_configuration_that_does_not_fit_fails_the_run(config, spills):
 
 TRITONS_OWN = """
 import torch
-from blip3o_kernels import aot, attention
+from blip3o_kernels import aot
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -91,8 +91,8 @@ with aot.record_launches() as recorded:
         calls.append((kernel, args, kwargs))
         record(kernel, *args, grid=grid, warmup=warmup, **kwargs)
     JITFunction.run = keep
-    for op in aot.OPS:
-        aot.importlib.import_module(f"blip3o_kernels.{op}").launches(aot.SHAPES[3], torch.bfloat16)
+    for operation in aot.OPERATIONS.values():
+        operation.launches(aot.SHAPES[3], torch.bfloat16)
 
 for variant, (kernel, args, kwargs) in zip(recorded, calls, strict=True):
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)

@@ -23,7 +23,8 @@ from benchmarks.providers import OURS, Provider, gradients, providers
 from benchmarks.runner import Results, Step, run_cases
 from benchmarks.warm import calls_of, run_in_processes
 from benchmarks.workloads import WORKLOADS, Case, model_cases, model_shape, sweep_cases
-from blip3o_kernels import reference
+from blip3o_kernels import launch
+from blip3o_kernels.registry import REFERENCE
 from tests.conftest import PROJECT
 from tests.kernels.accuracy import DEVICE
 
@@ -52,7 +53,7 @@ def fake_timer(seconds=1e-3):
 
 def plain(name):
     """Two providers that are quick on the CPU, under the names of ours and of torch.compile."""
-    return [Provider(label, lambda arguments: WORKLOADS[name].run(reference, arguments)) for label in (OURS, "compile")]
+    return [Provider(label, lambda arguments: WORKLOADS[name].run(REFERENCE, arguments)) for label in (OURS, "compile")]
 
 
 def run(cases, **options):
@@ -85,7 +86,7 @@ def test_counted_bytes_are_those_of_the_tensors(name):
     """What the forward reads and writes, less the small tensors that the counts leave out."""
     case = Case(name, replace(SMALL, batch_size=4, num_tokens=64), "bf16")
     arguments = case.arguments(DEVICE)
-    outputs = WORKLOADS[name].run(reference, arguments)
+    outputs = WORKLOADS[name].run(REFERENCE, arguments)
     tensors = [x for x in (*arguments, *outputs) if x.dim() > 2]
     if name in ("self_attention", "cross_attention"):  # two operations: q and k are written, and read again
         tensors += [arguments[0], arguments[1]] * 2
@@ -220,7 +221,7 @@ def test_a_failed_write_leaves_the_last_report(tmp_path, monkeypatch):
     def fail(*paths):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(launch.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report.write_report(tmp_path, MACHINE, RATES, Results([], [], []), [])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -275,7 +276,7 @@ def test_the_check_finds_every_operation_right():
 
 
 def test_the_check_notices_a_wrong_operation(monkeypatch):
-    wrong = SimpleNamespace(swiglu=lambda gate, up: reference.swiglu(gate, up) * 1.01)
+    wrong = SimpleNamespace(swiglu=lambda gate, up: REFERENCE.swiglu(gate, up) * 1.01)
     monkeypatch.setattr(checking, "blip3o_kernels", wrong)
     (verdict,) = check(["swiglu"], ["bf16"], DEVICE)
     assert not verdict.right

@@ -6,17 +6,13 @@ backward reads both once and writes one gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels import reference
-from blip3o_kernels.autograd import differentiable, differentiable_once
-from blip3o_kernels.checks import check_flow_matching_loss
-from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.checks import check_device, check_floating, check_shape
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
     RowConfig,
@@ -33,7 +29,51 @@ from blip3o_kernels.launch import (
     too_wide,
 )
 from blip3o_kernels.numeric import rounded
-from blip3o_kernels.reference import FlowLoss
+from blip3o_kernels.operation import Operation, compute_dtype
+from blip3o_kernels.triton_language import tl, triton
+from blip3o_kernels.workload import Maker, ModelShape, Tensors, Workload
+
+
+class FlowLoss(NamedTuple):
+    """Per-sample loss and diagnostics of one batch, fp32; only `mse` carries a gradient."""
+
+    mse: Tensor  # [B] mean squared error over tokens and channels
+    cosine: Tensor  # [B] cosine of prediction and target, mean over tokens
+    prediction_norm: Tensor  # [B] L2 norm of a token, mean over tokens
+    target_norm: Tensor  # [B] L2 norm of a token, mean over tokens
+
+    @property
+    def loss(self) -> Tensor:
+        """The scalar to minimise: mean of `mse` over the batch."""
+        return self.mse.mean()
+
+
+def reference(prediction: Tensor, target: Tensor) -> FlowLoss:
+    """Mean squared error per sample, with the cosine and norms that tell how a run is going.
+
+    Args:
+        prediction, target: `[B, N, D]`, in any floating dtype. The kernel takes D to 8192.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    dtype = compute_dtype(prediction)
+    prediction, target = prediction.to(dtype), target.to(dtype)
+    mse = (prediction - target).square().mean(dim=(1, 2))
+    with torch.no_grad():
+        prediction_norm = prediction.norm(dim=-1)  # [B, N]
+        target_norm = target.norm(dim=-1)
+        dot = (prediction * target).sum(dim=-1)
+        cosine = dot / (prediction_norm * target_norm).clamp_min(1e-12)
+    return FlowLoss(mse, cosine.mean(dim=1), prediction_norm.mean(dim=1), target_norm.mean(dim=1))
+
+
+def check(prediction: Tensor, target: Tensor) -> str | None:
+    check_floating("prediction", prediction, dims=3)
+    check_floating("target", target)
+    check_shape("target", target, prediction.shape)
+    check_device("target", target, "prediction", prediction)
+    return too_wide("prediction", prediction)
 
 
 @triton.jit(do_not_specialize=["N", "splits", "tiles", "programs"])
@@ -87,7 +127,8 @@ def launch_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """mse `[B]`, and cosine, prediction's norm and target's norm `[3, B]`, fp32."""
     prediction, target = as_rows(prediction), as_rows(target)
     B, N, D = prediction.shape
-    config = choose("flow_matching_loss", shape_class(prediction.dtype, D=D), prediction, forward_rule(N, D))
+    rule = sum_config(N, D, elements_per_thread=16)
+    config = choose("flow_matching_loss", shape_class(prediction.dtype, D=D), prediction, rule)
     splits, tiles = config.split(B, N)
     sums = torch.empty(4, B, splits, dtype=torch.float32, device=prediction.device)
     with torch.cuda.device_of(prediction):
@@ -103,7 +144,8 @@ def launch_backward(d_mse: Tensor, x: Tensor, other: Tensor) -> Tensor:
     x, other = as_rows(x), as_rows(other)
     B, N, D = x.shape
     dx = torch.empty(B, N, D, dtype=x.dtype, device=x.device)
-    config = choose("flow_matching_loss_backward", shape_class(x.dtype, D=D), x, backward_rule(N, D))
+    rule = row_config(N, D, elements_per_thread=16)
+    config = choose("flow_matching_loss_backward", shape_class(x.dtype, D=D), x, rule)
     blocks = cdiv(N, config.rows)
     with torch.cuda.device_of(x):
         _backward_kernel[(B * blocks,)](
@@ -113,17 +155,7 @@ def launch_backward(d_mse: Tensor, x: Tensor, other: Tensor) -> Tensor:
     return dx
 
 
-def forward_rule(N: int, D: int) -> SumConfig:
-    """The default configuration of the forward kernel, which holds two tiles."""
-    return sum_config(N, D, elements_per_thread=16)
-
-
-def backward_rule(N: int, D: int) -> RowConfig:
-    """The default configuration of the backward kernel, which holds two tiles."""
-    return row_config(N, D, elements_per_thread=16)
-
-
-def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
+def candidates(D: int, *_: Any) -> dict[str, list[RowConfig] | list[SumConfig]]:
     """What a search tries for each kernel."""
     return {
         "flow_matching_loss": sum_candidates(D, (8, 16, 32)),
@@ -131,33 +163,16 @@ def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
     }
 
 
-def launches(shape: Any, dtype: torch.dtype) -> None:
-    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
+def launches(shape: ModelShape, dtype: torch.dtype) -> None:
     prediction = torch.empty(shape.batch_size, shape.num_tokens, shape.clip_dim, dtype=dtype, device="meta")
     for target in (prediction, prediction.float()):
         mse, _ = launch_forward(prediction, target)
         launch_backward(mse, prediction, target)
 
 
-@torch.library.custom_op("blip3o::flow_matching_loss", mutates_args=())
-def _forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return launch_forward(prediction, target)
-
-
-@_forward.register_fake
-def _(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     B = prediction.shape[0]
     return prediction.new_empty(B, dtype=torch.float32), prediction.new_empty(3, B, dtype=torch.float32)
-
-
-@torch.library.custom_op("blip3o::flow_matching_loss_backward", mutates_args=())
-def _backward(d_mse: Tensor, x: Tensor, other: Tensor) -> Tensor:
-    return launch_backward(d_mse, x, other)
-
-
-@_backward.register_fake
-def _(d_mse: Tensor, x: Tensor, other: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -168,26 +183,45 @@ def _gradients(ctx: Any, d_mse: Tensor, d_diagnostics: Tensor) -> tuple[Tensor |
     prediction, target = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     return (
-        _loss_backward(d_mse, prediction, target) if wanted[0] else None,
-        _loss_backward(d_mse, target, prediction) if wanted[1] else None,
+        _backward(d_mse, prediction, target) if wanted[0] else None,
+        _backward(d_mse, target, prediction) if wanted[1] else None,
     )
 
 
-_loss = differentiable(_forward, _save, _gradients)
-_loss_backward = differentiable_once(_backward)
+_forward = differentiable(custom_op("flow_matching_loss", launch_forward, _fake_forward), _save, _gradients)
+_backward = backward_op("flow_matching_loss", launch_backward, lambda d_mse, x, other: like(x)[0])
 
 
-def flow_matching_loss(prediction: Tensor, target: Tensor) -> FlowLoss:
-    """`reference.flow_matching_loss`: squared error per sample, cosine and norms; only `mse` carries a gradient.
-
-    Args:
-        prediction, target: `[B, N, D]`, in any floating dtype. The kernel takes D to 8192.
-
-    Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
-    """
-    check_flow_matching_loss(prediction, target)
-    if not triton_chosen(prediction, too_wide("prediction", prediction)):
-        return reference.flow_matching_loss(prediction, target)
-    mse, diagnostics = _loss(prediction, target)
+def _kernel(prediction: Tensor, target: Tensor) -> FlowLoss:
+    mse, diagnostics = _forward(prediction, target)
     return FlowLoss(mse, *diagnostics.detach().unbind(0))
+
+
+def _clip_dim(shape: ModelShape) -> int:
+    return shape.clip_dim
+
+
+def _make(make: Maker, shape: ModelShape) -> Tensors:
+    sizes = shape.batch_size, shape.num_tokens, shape.clip_dim
+    return make.leaf(*sizes), make.constant(*sizes)
+
+
+OPERATION = Operation(
+    "flow_matching_loss",
+    reference,
+    check,
+    _kernel,
+    launches,
+    _clip_dim,
+    candidates,
+    (
+        Workload(
+            "flow_matching_loss",
+            _make,
+            lambda operations, *x: operations.flow_matching_loss(*x),
+            _clip_dim,
+            tensors=(2, 3),
+        ),
+    ),
+)
+flow_matching_loss = OPERATION.public()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip3o_kernels import flow_matching_loss, use_kernels
-from blip3o_kernels.flow_loss import candidates
+from blip3o_kernels.flow_matching_loss import candidates
 from tests.kernels.accuracy import DEVICE, DTYPES, assert_as_accurate, assert_kernel_is_accurate, random
 
 SHAPES = [(2, 257, 48), (3, 5, 1000), (1, 1, 1), (2, 3, 33), (1, 2, 8192)]

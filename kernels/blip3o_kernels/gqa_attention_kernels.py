@@ -1,29 +1,15 @@
-"""Grouped-query attention without masks, forward and backward, of dense or packed batches (after Dao 2023).
+"""The kernels of `gqa_attention`, forward and backward (after Dao 2023).
 
 The G query heads that share a key head are one matrix of Nq * G rows; row r is head `r % G` of token `r // G`. So a
-block of rows reads K and V once for the group, 257 tokens of 3 heads are 6 blocks of 128 rows and a little, not 3 * 3,
-and one program holds all that a key's gradient is summed from: there are no atomics, and results repeat bitwise.
+block of rows reads K and V once for the group, and one program holds all that a key's gradient is summed from: there
+are no atomics, and results repeat bitwise.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-
-from blip3o_kernels import reference
-from blip3o_kernels.attention_config import AttentionConfig, attention_config
-from blip3o_kernels.autograd import differentiable, differentiable_once
-from blip3o_kernels.checks import check_gqa_attention
-from blip3o_kernels.dispatch import triton_chosen
-from blip3o_kernels.launch import FP_FUSION, arch_of, cdiv, choose, next_power_of_2, shape_class
 from blip3o_kernels.numeric import INTERPRETED, rounded
+from blip3o_kernels.triton_language import tl, triton
 
-MAX_HEAD_DIM = 128
-LOG2_E = 1.4426950408889634
 EDGE = tl.constexpr(16)  # the least block of tl.dot: what whole blocks leave over goes in steps of it
 SIZES = ["Nq", "Nk", "Hkv", "num_blocks"]  # one compilation for all values of these
 
@@ -33,25 +19,6 @@ def _dot(a, b, PRECISION: tl.constexpr):
     if INTERPRETED:  # which would multiply the bit patterns of bf16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def _tokens(cu_seqlens, b, N):
-    """Index of sample b's first token among all tokens, and how many it has."""
-    if cu_seqlens is None:
-        return b.to(tl.int64) * N, N
-    else:
-        first = tl.load(cu_seqlens + b)
-        return first.to(tl.int64), tl.load(cu_seqlens + b + 1) - first
-
-
-@triton.jit
-def _head(x, cu_seqlens, b, first, h, stride_b, stride_n, stride_h):
-    """Address of head h in sample b's first token."""
-    if cu_seqlens is None:
-        return x + b.to(tl.int64) * stride_b + h * stride_h
-    else:
-        return x + first * stride_n + h * stride_h
 
 
 @triton.jit
@@ -131,7 +98,7 @@ def _forward_rows(q, k, v, out, lse, start, Nq, Nk, H, scale_log2, stride_qn, st
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale_log2,
+    q, k, v, out, lse, scale_log2,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     Nq, Nk, Hkv, num_blocks,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -139,21 +106,19 @@ def _forward_kernel(
 ):  # fmt: skip
     """A program computes ROWS rows of one group of heads of one sample."""
     block, head = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
-    b, h = head // Hkv, head % Hkv
+    b, h = (head // Hkv).to(tl.int64), head % Hkv
     H = Hkv * G
-    first_q, Nq = _tokens(cu_seqlens_q, b, Nq)
-    first_k, Nk = _tokens(cu_seqlens_k, b, Nk)
-    q = _head(q, cu_seqlens_q, b, first_q, h * G, stride_qb, stride_qn, stride_qh)
-    k = _head(k, cu_seqlens_k, b, first_k, h, stride_kb, stride_kn, stride_kh)
-    v = _head(v, cu_seqlens_k, b, first_k, h, stride_vb, stride_vn, stride_vh)
-    out += (first_q * H + h * G) * D
-    lse += first_q * H + h * G
+    q += b * stride_qb + h * G * stride_qh
+    k += b * stride_kb + h * stride_kh
+    v += b * stride_vb + h * stride_vh
+    row = b * Nq * H + h * G
+    out, lse = out + row * D, lse + row
     start = block * ROWS
     left = Nq * G - start
     if left > EDGE:
         _forward_rows(q, k, v, out, lse, start, Nq, Nk, H, scale_log2, stride_qn, stride_qh, stride_kn, stride_vn,
                       G, D, BLOCK_D, ROWS, KEYS, PRECISION)  # fmt: skip
-    elif left > 0:
+    else:
         _forward_rows(q, k, v, out, lse, start, Nq, Nk, H, scale_log2, stride_qn, stride_qh, stride_kn, stride_vn,
                       G, D, BLOCK_D, EDGE, KEYS, PRECISION)  # fmt: skip
 
@@ -206,7 +171,7 @@ def _dq_rows(q, k, v, out, grad_out, lse, dq, delta, start, Nq, Nk, H, scale, sc
 
 @triton.jit(do_not_specialize=SIZES)
 def _dq_kernel(
-    q, k, v, out, grad_out, lse, cu_seqlens_q, cu_seqlens_k, dq, delta, scale, scale_log2,
+    q, k, v, out, grad_out, lse, dq, delta, scale, scale_log2,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gn, stride_gh,
     Nq, Nk, Hkv, num_blocks,
@@ -215,15 +180,13 @@ def _dq_kernel(
 ):  # fmt: skip
     """A program computes ROWS rows of dq, and `delta`, the sum of out * grad_out of a row, for the next kernel."""
     block, head = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
-    b, h = head // Hkv, head % Hkv
+    b, h = (head // Hkv).to(tl.int64), head % Hkv
     H = Hkv * G
-    first_q, Nq = _tokens(cu_seqlens_q, b, Nq)
-    first_k, Nk = _tokens(cu_seqlens_k, b, Nk)
-    q = _head(q, cu_seqlens_q, b, first_q, h * G, stride_qb, stride_qn, stride_qh)
-    k = _head(k, cu_seqlens_k, b, first_k, h, stride_kb, stride_kn, stride_kh)
-    v = _head(v, cu_seqlens_k, b, first_k, h, stride_vb, stride_vn, stride_vh)
-    grad_out = _head(grad_out, cu_seqlens_q, b, first_q, h * G, stride_gb, stride_gn, stride_gh)
-    row = first_q * H + h * G
+    q += b * stride_qb + h * G * stride_qh
+    k += b * stride_kb + h * stride_kh
+    v += b * stride_vb + h * stride_vh
+    grad_out += b * stride_gb + h * G * stride_gh
+    row = b * Nq * H + h * G
     out, dq, lse, delta = out + row * D, dq + row * D, lse + row, delta + row
     start = block * ROWS
     left = Nq * G - start
@@ -231,7 +194,7 @@ def _dq_kernel(
         _dq_rows(q, k, v, out, grad_out, lse, dq, delta, start, Nq, Nk, H, scale, scale_log2,
                  stride_qn, stride_qh, stride_kn, stride_vn, stride_gn, stride_gh,
                  G, D, BLOCK_D, ROWS, KEYS, PRECISION)  # fmt: skip
-    elif left > 0:
+    else:
         _dq_rows(q, k, v, out, grad_out, lse, dq, delta, start, Nq, Nk, H, scale, scale_log2,
                  stride_qn, stride_qh, stride_kn, stride_vn, stride_gn, stride_gh,
                  G, D, BLOCK_D, EDGE, KEYS, PRECISION)  # fmt: skip
@@ -285,7 +248,7 @@ def _dkdv_keys(q, k, v, grad_out, lse, delta, dk, dv, start, Nq, Nk, H, Hkv, sca
 
 @triton.jit(do_not_specialize=SIZES)
 def _dkdv_kernel(
-    q, k, v, grad_out, lse, delta, cu_seqlens_q, cu_seqlens_k, dk, dv, scale, scale_log2,
+    q, k, v, grad_out, lse, delta, dk, dv, scale, scale_log2,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gn, stride_gh,
     Nq, Nk, Hkv, num_blocks,
@@ -294,15 +257,13 @@ def _dkdv_kernel(
 ):  # fmt: skip
     """A program computes dk and dv of KEYS keys of one head of one sample, over all rows of the group."""
     block, head = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
-    b, h = head // Hkv, head % Hkv
+    b, h = (head // Hkv).to(tl.int64), head % Hkv
     H = Hkv * G
-    first_q, Nq = _tokens(cu_seqlens_q, b, Nq)
-    first_k, Nk = _tokens(cu_seqlens_k, b, Nk)
-    q = _head(q, cu_seqlens_q, b, first_q, h * G, stride_qb, stride_qn, stride_qh)
-    k = _head(k, cu_seqlens_k, b, first_k, h, stride_kb, stride_kn, stride_kh)
-    v = _head(v, cu_seqlens_k, b, first_k, h, stride_vb, stride_vn, stride_vh)
-    grad_out = _head(grad_out, cu_seqlens_q, b, first_q, h * G, stride_gb, stride_gn, stride_gh)
-    row, key = first_q * H + h * G, (first_k * Hkv + h) * D
+    q += b * stride_qb + h * G * stride_qh
+    k += b * stride_kb + h * stride_kh
+    v += b * stride_vb + h * stride_vh
+    grad_out += b * stride_gb + h * G * stride_gh
+    row, key = b * Nq * H + h * G, (b * Nk * Hkv + h) * D
     lse, delta, dk, dv = lse + row, delta + row, dk + key, dv + key
     start = block * KEYS
     left = Nk - start
@@ -310,188 +271,7 @@ def _dkdv_kernel(
         _dkdv_keys(q, k, v, grad_out, lse, delta, dk, dv, start, Nq, Nk, H, Hkv, scale, scale_log2,
                    stride_qn, stride_qh, stride_kn, stride_vn, stride_gn, stride_gh,
                    G, D, BLOCK_D, ROWS, KEYS, PRECISION)  # fmt: skip
-    elif left > 0:
+    else:
         _dkdv_keys(q, k, v, grad_out, lse, delta, dk, dv, start, Nq, Nk, H, Hkv, scale, scale_log2,
                    stride_qn, stride_qh, stride_kn, stride_vn, stride_gn, stride_gh,
                    G, D, BLOCK_D, ROWS, EDGE, PRECISION)  # fmt: skip
-
-
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """`(out, lse)`: out like q, contiguous; lse `[B, Nq, H]` or `[Tq, H]` fp32, log2 of a row's sum of exponentials."""
-    q, k, v = (_dense_channels(x) for x in (q, k, v))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out, lse
-    B, Nq, Nk = _sizes(q, k, cu_seqlens_q, max_seqlen)
-    H, Hkv = q.shape[-2], k.shape[-2]
-    config = _config("forward", q)
-    blocks = cdiv(Nq * (H // Hkv), config.rows)
-    with torch.cuda.device_of(q):
-        _forward_kernel[(B * Hkv * blocks,)](
-            q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale * LOG2_E,
-            *_strides(q), *_strides(k), *_strides(v), Nq, Nk, Hkv, blocks, **_constants(q, k, config),
-        )  # fmt: skip
-    return out, lse
-
-
-def launch_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv)` of the shapes of q, k and v, contiguous."""
-    grad_out, q, k, v = (_dense_channels(x) for x in (grad_out, q, k, v))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    B, Nq, Nk = _sizes(q, k, cu_seqlens_q, max_seqlen)
-    H, Hkv = q.shape[-2], k.shape[-2]
-    arguments = (
-        scale, scale * LOG2_E, *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), Nq, Nk, Hkv,
-    )  # fmt: skip
-    with torch.cuda.device_of(q):
-        if dq.numel():
-            config = _config("dq", q)
-            blocks = cdiv(Nq * (H // Hkv), config.rows)
-            _dq_kernel[(B * Hkv * blocks,)](
-                q, k, v, out, grad_out, lse, cu_seqlens_q, cu_seqlens_k, dq, delta,
-                *arguments, blocks, **_constants(q, k, config),
-            )  # fmt: skip
-        if dk.numel():
-            config = _config("dkdv", q)
-            blocks = cdiv(Nk, config.keys)
-            _dkdv_kernel[(B * Hkv * blocks,)](
-                q, k, v, grad_out, lse, delta, cu_seqlens_q, cu_seqlens_k, dk, dv,
-                *arguments, blocks, **_constants(q, k, config),
-            )  # fmt: skip
-    return dq, dk, dv
-
-
-def _dense_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _sizes(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[int, int, int]:
-    """Samples, and the most queries and keys that one has."""
-    if cu_seqlens is None:
-        return q.shape[0], q.shape[1], k.shape[1]
-    return cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of sample, token and head."""
-    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
-
-
-def _config(kernel: str, q: Tensor) -> AttentionConfig:
-    D = q.shape[-1]
-    default = attention_config(kernel, D, q.dtype, arch_of(q))
-    return choose(f"gqa_attention_{kernel}", shape_class(q.dtype, D=D), q, default)
-
-
-def _constants(q: Tensor, k: Tensor, config: AttentionConfig) -> dict[str, Any]:
-    D = q.shape[-1]
-    return {
-        "G": q.shape[-2] // k.shape[-2],
-        "D": D,
-        "BLOCK_D": max(next_power_of_2(D), 16),
-        "ROWS": config.rows,
-        "KEYS": config.keys,
-        "PRECISION": "tf32x3",  # of fp32 alone: three products in tf32, nearly as exact as one in fp32
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **FP_FUSION,
-    }
-
-
-def launches(shape: Any, dtype: torch.dtype) -> None:
-    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
-    B, N, H, Hkv, D = shape.batch_size, shape.num_tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim
-    qkv = torch.empty(B, N, H + 2 * Hkv, D, dtype=dtype, device="meta")
-    cu_seqlens = torch.empty(B + 1, dtype=torch.int32, device="meta")
-    for x, packing in ((qkv, ()), (qkv.flatten(0, 1), (cu_seqlens, cu_seqlens, N))):
-        q, k, v = x.split((H, Hkv, Hkv), dim=-2)
-        out, lse = launch_forward(q, k, v, D**-0.5, *packing)
-        launch_backward(torch.empty_like(out), q, k, v, out, lse, D**-0.5, *packing)
-
-
-@torch.library.custom_op("blip3o::gqa_attention", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch_forward(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen)
-
-
-@_forward.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("blip3o::gqa_attention_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch_backward(grad_out, q, k, v, out, lse, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen)
-
-
-@_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    grads = _attention_backward(grad_out, *tensors, ctx.scale, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen)
-    return *grads, None, None, None, None
-
-
-_attention = differentiable(_forward, _save, _gradients)
-_attention_backward = differentiable_once(_backward)
-
-
-def gqa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> Tensor:
-    """`reference.gqa_attention`: `softmax(q kᵀ * scale) v`, heads in groups, of `[B, N, H, D]` or packed `[T, H, D]`.
-
-    The kernel takes head_dim up to 128. It does not read `cu_seqlens` on the host, so that nothing waits for the GPU:
-    wrong contents or too small a `max_seqlen` go unnoticed and leave results undefined.
-
-    Raises:
-        ValueError: naming the argument whose shape, dtype, device or value does not fit.
-    """
-    check_gqa_attention(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen)
-    D = q.shape[-1]
-    obstacle = f"q: expected head_dim up to {MAX_HEAD_DIM}, found {D}" if D > MAX_HEAD_DIM else None
-    if not triton_chosen(q, obstacle):
-        return reference.gqa_attention(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen)
-    scale = D**-0.5 if scale is None else float(scale)
-    return _attention(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, max_seqlen or 0)[0]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip3o_kernels import qk_norm_rope, use_kernels
-from blip3o_kernels.rope import candidates
+from blip3o_kernels.qk_norm_rope import candidates
 from tests.kernels.accuracy import DEVICE, DTYPES, assert_kernel_is_accurate, random
 
 SHAPES = [(1, 257, 3, 1, 16), (2, 5, 6, 2, 64), (2, 3, 4, 4, 96), (1, 2, 1, 1, 2), (2, 9, 5, 1, 128)]  # B, N, H, Hkv, D

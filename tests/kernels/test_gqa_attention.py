@@ -1,15 +1,15 @@
-"""The attention kernels against float64: dense and packed batches, forward and backward."""
+"""The attention kernels against float64, forward and backward."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip3o_kernels import gqa_attention, reference, use_kernels
-from blip3o_kernels.attention_config import KERNELS, AttentionConfig, attention_config, candidates
+from blip3o_kernels import gqa_attention, use_kernels
+from blip3o_kernels.gqa_attention_config import KERNELS, AttentionConfig, attention_config, candidates
+from blip3o_kernels.registry import REFERENCE
 from tests.kernels.accuracy import DEVICE, DTYPES, assert_kernel_is_accurate, random
 
 SHAPES = [  # B, Nq, Nk, H, Hkv, D
@@ -36,51 +36,20 @@ def arguments(B, Nq, Nk, H, Hkv, D, dtype=torch.float32):
     return [random(B, N, heads, D, dtype=dtype, seed=i) for i, (N, heads) in enumerate([(Nq, H), (Nk, Hkv), (Nk, Hkv)])]
 
 
-def packing(lengths_q, lengths_k):
-    """cu_seqlens_q, cu_seqlens_k and max_seqlen of these samples."""
-    ends = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k))
-    return *(x.to(DEVICE, torch.int32) for x in ends), max([*lengths_q, *lengths_k])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_as_accurate_as_plain_pytorch(shape, dtype):
     assert_kernel_is_accurate(gqa_attention, exact, arguments(*shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("lengths_q", "lengths_k"), [((5, 130, 1, 0), (17, 40, 1, 3)), ((64, 0, 16), (16, 0, 64))])
-def test_packed_samples_are_the_samples_alone(lengths_q, lengths_k, dtype):
-    q, k, v = arguments(1, sum(lengths_q), sum(lengths_k), 4, 2, 32, dtype=dtype)
-    pack = packing(lengths_q, lengths_k)
-
-    def each_alone(q, k, v):
-        spans = zip(*(pairwise(ends.tolist()) for ends in pack[:2]), strict=True)
-        alone = [exact(q[None, a:b], k[None, c:d], v[None, c:d])[0] for (a, b), (c, d) in spans if b > a]
-        return torch.cat(alone)
-
-    assert_kernel_is_accurate(lambda *x: gqa_attention(*x, None, *pack), each_alone, [q[0], k[0], v[0]])
-
-
-def test_a_packed_sample_is_bitwise_the_dense_one():
-    lengths = (33, 5, 70)
-    q, k, v = (x[0] for x in arguments(1, sum(lengths), sum(lengths), 6, 2, 16))
-    with use_kernels("triton"):
-        packed = gqa_attention(q, k, v, None, *packing(lengths, lengths)).split(lengths)
-        dense = [gqa_attention(*(x.split(lengths)[i][None] for x in (q, k, v)))[0] for i in range(3)]
-    assert all(torch.equal(*pair) for pair in zip(packed, dense, strict=True))
-
-
-def test_a_sample_without_keys_gives_zeros():
-    q, k, v = (x[0].requires_grad_() for x in arguments(1, 7, 4, 2, 1, 16))
+def test_a_batch_without_keys_gives_zeros():
+    q, k, v = (x.requires_grad_() for x in arguments(2, 3, 0, 2, 1, 16))
     for mode in ("triton", "torch"):
         with use_kernels(mode):
-            out = gqa_attention(q, k, v, None, *packing((3, 4), (0, 4)))
-        dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
-        assert not out[:3].any()
-        assert out[3:].all()
-        assert not dq[:3].any()
-        assert all(torch.isfinite(x).all() for x in (dq, dk, dv))
+            out = gqa_attention(q, k, v)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        assert not out.any()
+        assert all(not x.any() for x in gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,20 +157,17 @@ def test_torch_compile_traces_it_whole():
 def test_the_operation_is_registered_as_pytorch_expects():
     q, k, v = arguments(1, 5, 7, 4, 2, 16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.blip3o.gqa_attention.default, (*leaves, 0.25, None, None, 0))
-    packed = [x[0].detach() for x in (q, k, v)]
-    packed_leaves = [x.clone().requires_grad_() for x in packed]
-    torch.library.opcheck(torch.ops.blip3o.gqa_attention.default, (*packed_leaves, 0.25, *packing((2, 3), (6, 1))))
-    out, lse = torch.ops.blip3o.gqa_attention(*packed, 0.25, *packing((2, 3), (6, 1)))
+    torch.library.opcheck(torch.ops.blip3o.gqa_attention.default, (*leaves, 0.25))
+    out, lse = torch.ops.blip3o.gqa_attention(*(x.detach() for x in leaves), 0.25)
     torch.library.opcheck(
         torch.ops.blip3o.gqa_attention_backward.default,
-        (torch.ones_like(out), *packed, out, lse, 0.25, *packing((2, 3), (6, 1))),
+        (torch.ones_like(out), *(x.detach() for x in leaves), out, lse, 0.25),
     )
 
 
 def test_the_saved_lse_is_the_log2_of_the_sum():
     q, k, v = arguments(1, 5, 40, 2, 1, 16)
-    _, lse = torch.ops.blip3o.gqa_attention(q, k, v, 0.25, None, None, 0)
+    _, lse = torch.ops.blip3o.gqa_attention(q, k, v, 0.25)
     logits = 0.25 * torch.einsum("bnhd,bmd->bnhm", q.double(), k[:, :, 0].double())
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1) / math.log(2), rtol=1e-6, atol=1e-6)
 
@@ -209,16 +175,12 @@ def test_the_saved_lse_is_the_log2_of_the_sum():
 def test_wide_heads_fall_back_to_plain_pytorch_by_default_only():
     q, k, v = arguments(1, 3, 4, 2, 1, 136)
     with use_kernels("auto"):
-        torch.testing.assert_close(gqa_attention(q, k, v), reference.gqa_attention(q, k, v))
+        torch.testing.assert_close(gqa_attention(q, k, v), REFERENCE.gqa_attention(q, k, v))
     with use_kernels("triton"), pytest.raises(ValueError, match="q: expected head_dim up to 128, found 136"):
         gqa_attention(q, k, v)
 
 
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-Q, K, PQ, PK = random(1, 2, 4, 8), random(1, 3, 2, 8), random(5, 4, 8), random(5, 2, 8)
+Q, K = random(1, 2, 4, 8), random(1, 3, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -233,36 +195,12 @@ Q, K, PQ, PK = random(1, 2, 4, 8), random(1, 3, 2, 8), random(5, 4, 8), random(5
         ("v", lambda: gqa_attention(Q, K, K[:, :2])),
         ("v", lambda: gqa_attention(Q, K, K.to("meta"))),
         ("scale", lambda: gqa_attention(Q, K, K, -1.0)),
-        ("q", lambda: gqa_attention(Q, K, K, None, ints(0, 5), ints(0, 5), 5)),
-        ("cu_seqlens_q", lambda: gqa_attention(PQ, PK, PK, None, ints(0, 5).long(), ints(0, 5), 5)),
-        ("cu_seqlens_k", lambda: gqa_attention(PQ, PK, PK, None, ints(0, 5), ints(0, 2, 5), 5)),
-        ("max_seqlen", lambda: gqa_attention(PQ, PK, PK, None, ints(0, 5), ints(0, 5), -1)),
     ],
 )
 @pytest.mark.parametrize("mode", ["triton", "torch"])
 def test_a_wrong_argument_is_named(name, call, mode):
     with use_kernels(mode), pytest.raises(ValueError, match=rf"^{name}: expected .*found"):
         call()
-
-
-def test_an_incomplete_packing_is_refused():
-    with pytest.raises(ValueError, match="cu_seqlens_q, cu_seqlens_k and max_seqlen: give all three"):
-        gqa_attention(PQ, PK, PK, None, ints(0, 5))
-
-
-@pytest.mark.parametrize(
-    ("name", "cu_seqlens", "max_seqlen"),
-    [
-        ("cu_seqlens_q", (0, 4), 5),
-        ("cu_seqlens_q", (1, 5), 5),
-        ("cu_seqlens_q", (0, 4, 2, 5), 5),
-        ("max_seqlen", (0, 5), 4),
-    ],
-)
-def test_the_reference_reads_the_packing(name, cu_seqlens, max_seqlen):
-    cu_seqlens = ints(*cu_seqlens)
-    with use_kernels("torch"), pytest.raises(ValueError, match=rf"^{name}: expected .*found"):
-        gqa_attention(PQ, PK, PK, None, cu_seqlens, cu_seqlens, max_seqlen)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,18 +6,44 @@ bandwidth is its limit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels import reference
-from blip3o_kernels.checks import check_dequantize_fp8
-from blip3o_kernels.dispatch import triton_chosen
-from blip3o_kernels.launch import ROW_OPTIONS
+from blip3o_kernels.checks import check_device, check_shape
+from blip3o_kernels.launch import ROW_OPTIONS, cdiv, next_power_of_2
 from blip3o_kernels.numeric import rounded
+from blip3o_kernels.operation import Operation
+from blip3o_kernels.triton_language import tl, triton
+from blip3o_kernels.workload import ModelShape
+
+
+def reference(stored: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`stored * scale` per token: embeddings kept as fp8 (e4m3, Micikevicius et al. 2022) with a scale for each token.
+
+    Both paths give the same bits.
+
+    Args:
+        stored: `[..., D]`, float8_e4m3fn or the same bytes as uint8.
+        scale: `[...]`, fp32.
+        dtype: of the result; the product is fp32 and rounded once.
+
+    Returns:
+        `[..., D]` of `dtype`.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    return (stored.view(torch.float8_e4m3fn).float() * scale[..., None]).to(dtype)
+
+
+def check(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    if stored.dtype not in (torch.float8_e4m3fn, torch.uint8):
+        raise ValueError(f"stored: expected float8_e4m3fn or its bytes as uint8, found {stored.dtype}")
+    check_shape("scale", scale, stored.shape[:-1])
+    if scale.dtype != torch.float32:
+        raise ValueError(f"scale: expected float32, found {scale.dtype}")
+    check_device("scale", scale, "stored", stored)
+
 
 _MAX_BLOCK = 4096  # channels of one program
 _VALUES_PER_THREAD = 16  # one load of 16 bytes
@@ -45,35 +71,21 @@ def launch(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(stored.shape, dtype=dtype, device=stored.device)
     if out.numel() == 0:
         return out
-    BD = min(triton.next_power_of_2(D), _MAX_BLOCK)
+    BD = min(next_power_of_2(D), _MAX_BLOCK)
     num_warps = max(1, BD // (32 * _VALUES_PER_THREAD))
-    grid = (scale.numel(), triton.cdiv(D, BD))
+    grid = (scale.numel(), cdiv(D, BD))
     stored = stored.contiguous().view(torch.uint8)
     with torch.cuda.device_of(stored):
         _dequantize_kernel[grid](stored, scale.contiguous(), out, D, BD=BD, num_warps=num_warps, **ROW_OPTIONS)
     return out
 
 
-def launches(shape: Any, dtype: torch.dtype) -> None:
-    """Launch the kernel on a batch of both sides (a `ModelShape`), on tensors without data."""
+def launches(shape: ModelShape, dtype: torch.dtype) -> None:
     for D in (shape.eva_dim, shape.clip_dim):
         stored = torch.empty(shape.batch_size, shape.num_tokens, D, dtype=torch.float8_e4m3fn, device="meta")
         scale = torch.empty(shape.batch_size, shape.num_tokens, dtype=torch.float32, device="meta")
         launch(stored, scale, dtype)
 
 
-def dequantize_fp8(stored: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`reference.dequantize_fp8`: `stored * scale` per token, the same bits.
-
-    Args:
-        stored: `[..., D]`, float8_e4m3fn or the same bytes as uint8.
-        scale: `[...]`, fp32.
-        dtype: of the result.
-
-    Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
-    """
-    check_dequantize_fp8(stored, scale)
-    if triton_chosen(scale):
-        return launch(stored, scale, dtype)
-    return reference.dequantize_fp8(stored, scale, dtype)
+OPERATION = Operation("dequantize_fp8", reference, check, launch, launches, lambda shape: shape.eva_dim, deciding=1)
+dequantize_fp8 = OPERATION.public()

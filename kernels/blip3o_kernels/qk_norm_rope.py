@@ -9,14 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from blip3o_kernels import reference
-from blip3o_kernels.autograd import differentiable, differentiable_once
-from blip3o_kernels.checks import check_qk_norm_rope
-from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.checks import check_device, check_floating, check_parameter
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
     RowConfig,
@@ -34,7 +30,65 @@ from blip3o_kernels.launch import (
     too_wide,
 )
 from blip3o_kernels.numeric import inverse_rms, load_row, norm_gradient, rounded
-from blip3o_kernels.rms_norm import gain_gradients
+from blip3o_kernels.operation import Operation, compute_dtype
+from blip3o_kernels.rms_norm import gain_gradients, normalized
+from blip3o_kernels.triton_language import tl, triton
+from blip3o_kernels.workload import ModelShape, Workload, head_dim, qk_width
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of every head of q and k (Henry et al. 2020), then rotary positions (Su et al. 2021).
+
+    Channels `(2i, 2i+1)` of token n are a pair, turned by the angle whose cosine and sine are `cos[n, i]`, `sin[n, i]`.
+
+    Args:
+        q: `[B, N, H, D]`.  k: `[B, N, Hkv, D]`; with tables both have the tables' N, without they may differ.
+        q_weight, k_weight: `[D]`.
+        cos, sin: `[N, D/2]`, or both None for no rotation. The kernel gives them no gradient.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps)
+
+
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
+    y = normalized(x, eps, weight.to(compute_dtype(x)))
+    if cos is not None and sin is not None:
+        y = _rotate_pairs(y, cos.to(y.dtype)[:, None], sin.to(y.dtype)[:, None])  # tables: [N, 1, D/2]
+    return y.to(x.dtype)
+
+
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channels (2i, 2i+1) as a complex number, times `cos + i sin`: half the time of four real products on CPU."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+
+
+def check(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> str | None:
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin: give both tables or neither")
+    for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
+        check_floating(name, x, dims=4)
+        N, D = x.shape[1], x.shape[3]
+        check_parameter(f"{name}_weight", weight, (D,), name, x)
+        if cos is not None and sin is not None:
+            if D % 2:
+                raise ValueError(f"{name}: expected an even number of channels to rotate in pairs, found {D}")
+            check_parameter(f"cos (for {name})", cos, (N, D // 2), name, x)
+            check_parameter(f"sin (for {name})", sin, (N, D // 2), name, x)
+    check_device("k", k, "q", q)
+    return too_wide("q", q)
 
 
 @triton.jit(do_not_specialize=["Nq", "Nk", "q_blocks", "k_blocks"])
@@ -136,7 +190,7 @@ def launch_forward(
     B, Nq, H, D = q.shape
     Nk, Hkv = k.shape[1:3]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    config = choose("qk_norm_rope", shape_class(q.dtype, D=D), q, forward_rule(Nq * H, D))
+    config = choose("qk_norm_rope", shape_class(q.dtype, D=D), q, row_config(Nq * H, D, elements_per_thread=16))
     q_blocks, k_blocks = cdiv(Nq * H, config.rows), cdiv(Nk * Hkv, config.rows)
     with torch.cuda.device_of(q):
         _forward_kernel[(B * (q_blocks + k_blocks),)](
@@ -164,7 +218,7 @@ def launch_backward(
     B, Nq, H, D = q.shape
     Nk, Hkv = k.shape[1:3]
     dq_out, dk_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    config = choose("qk_norm_rope_backward", shape_class(q.dtype, D=D), q, backward_rule(Nq * H, D))
+    config = choose("qk_norm_rope_backward", shape_class(q.dtype, D=D), q, _backward_rule(Nq * H, D))
     q_splits, tiles = config.split(B, Nq * H)
     k_splits = cdiv(Nk * Hkv, config.rows * tiles)
     q_partial, k_partial = (
@@ -182,19 +236,14 @@ def launch_backward(
     return dq_out, dk_out, d_q_weight, d_k_weight
 
 
-def forward_rule(rows: int, D: int) -> RowConfig:
-    """The default configuration of the forward kernel, whose rows are heads of tokens."""
-    return row_config(rows, D, elements_per_thread=16)
-
-
-def backward_rule(rows: int, D: int) -> SumConfig:
-    """The default configuration of the backward kernel, which holds two tiles and their sum."""
+def _backward_rule(rows: int, D: int) -> SumConfig:
+    """Two tiles and their sum are held at once; the rows are heads of tokens."""
     if D > 64:  # with more a thread, ptxas spills a register or two on sm_90 and sm_100
         return sum_config(rows, D, elements_per_thread=4, tile=1024)
     return sum_config(rows, D, elements_per_thread=8, tile=2048)
 
 
-def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
+def candidates(D: int, *_: Any) -> dict[str, list[RowConfig] | list[SumConfig]]:
     """What a search tries for each kernel."""
     return {
         "qk_norm_rope": row_candidates(D, (8, 16, 32)),
@@ -202,60 +251,20 @@ def candidates(D: int) -> dict[str, list[RowConfig] | list[SumConfig]]:
     }
 
 
-def launches(shape: Any, dtype: torch.dtype) -> None:
-    """Launch every kernel as the model does at these sizes (a `ModelShape`), on tensors without data."""
+def launches(shape: ModelShape, dtype: torch.dtype) -> None:
     B, N, H, Hkv, D = shape.batch_size, shape.num_tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim
     qkv = torch.empty(B, N, H + 2 * Hkv, D, dtype=dtype, device="meta")
     q, k, _ = qkv.split((H, Hkv, Hkv), dim=2)
     table = torch.empty(N, D // 2, device="meta")
     for parameters in parameter_dtypes(dtype):
-        for tables in ((table, table), (None, None)):
+        for tables in (table, None):
             weight = torch.empty(D, dtype=parameters, device="meta")
-            q_out, k_out = launch_forward(q, k, weight, weight, *tables, 1e-6)
-            launch_backward(q_out, k_out, q, k, weight, weight, *tables, 1e-6)
+            q_out, k_out = launch_forward(q, k, weight, weight, tables, tables, 1e-6)
+            launch_backward(q_out, k_out, q, k, weight, weight, tables, tables, 1e-6)
 
 
 def _table(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-@torch.library.custom_op("blip3o::qk_norm_rope", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    return launch_forward(q, k, q_weight, k_weight, cos, sin, eps)
-
-
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-@torch.library.custom_op("blip3o::qk_norm_rope_backward", mutates_args=())
-def _backward(
-    dq: Tensor,
-    dk: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_backward(dq, dk, q, k, q_weight, k_weight, cos, sin, eps)
-
-
-@_backward.register_fake
-def _(
-    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        q_weight.new_empty(q_weight.shape),
-        k_weight.new_empty(k_weight.shape),
-    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -264,35 +273,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    return *_qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, ctx.eps), None, None, None
+    return *_backward(dq, dk, *ctx.saved_tensors, ctx.eps), None, None, None
 
 
-_qk_norm_rope = differentiable(_forward, _save, _gradients)
-_qk_norm_rope_backward = differentiable_once(_backward)
+_backward = backward_op(
+    "qk_norm_rope", launch_backward, lambda dq, dk, q, k, q_weight, k_weight, *_: like(q, k, q_weight, k_weight)
+)
 
-
-def qk_norm_rope(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """`reference.qk_norm_rope`: RMSNorm of every head of q and k, then rotary positions.
-
-    Channels `(2i, 2i+1)` of token n are a pair, turned by the angle whose cosine and sine are `cos[n, i]`, `sin[n, i]`.
-
-    Args:
-        q: `[B, N, H, D]`.  k: `[B, N, Hkv, D]`; with tables both have the tables' N, without they may differ.
-        q_weight, k_weight: `[D]`.
-        cos, sin: `[N, D/2]`, or both None for no rotation. The kernel gives them no gradient.
-
-    Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
-    """
-    check_qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
-    if triton_chosen(q, too_wide("q", q)):
-        return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
-    return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
+OPERATION = Operation(
+    "qk_norm_rope",
+    reference,
+    check,
+    differentiable(custom_op("qk_norm_rope", launch_forward, lambda q, k, *_: like(q, k)), _save, _gradients),
+    launches,
+    head_dim,
+    candidates,
+    (
+        Workload(
+            "qk_norm_rope",
+            lambda make, shape: (*make.qkv(shape)[:2], *make.rope(shape)),
+            lambda operations, *x: operations.qk_norm_rope(*x, 1e-6),
+            qk_width,
+            tensors=(2, 3),
+        ),
+    ),
+)
+qk_norm_rope = OPERATION.public()
