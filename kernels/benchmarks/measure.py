@@ -44,6 +44,11 @@ class Timing:
         low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
         return cls(median(ordered), low, high, len(ordered))
 
+    def milliseconds(self) -> dict[str, float]:
+        """The columns of a report."""
+        times = {"median_ms": self.median, "low_ms": self.low, "high_ms": self.high}
+        return {**{name: 1e3 * seconds for name, seconds in times.items()}, "samples": self.samples}
+
 
 def alternate(tasks: dict[str, Task], timer: Timer, rounds: int, seconds: float = 1.0) -> dict[str, Timing]:
     """Time every task once a round, `rounds` times, or fewer (at least 3) where a round takes long.

@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Absent:
-    """A provider that could not compute a case, with its own words."""
+    """A provider that could not compute a case, with its own error."""
 
     operation: str
     preset: str
@@ -186,10 +186,7 @@ def _row(case: Case, name: str, provider: str, timing: Timing, rates: Rates, pea
         dtype=case.dtype,
         name=name,
         provider=provider,
-        median_ms=1e3 * timing.median,
-        low_ms=1e3 * timing.low,
-        high_ms=1e3 * timing.high,
-        samples=timing.samples,
+        **timing.milliseconds(),
         bytes=cost.bytes,
         flops=cost.flops,
         gb_per_s=cost.bytes / timing.median / 1e9,

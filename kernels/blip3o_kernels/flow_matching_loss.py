@@ -13,21 +13,7 @@ from torch import Tensor
 
 from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
 from blip3o_kernels.checks import check_device, check_floating, check_shape
-from blip3o_kernels.launch import (
-    ROW_OPTIONS,
-    RowConfig,
-    SumConfig,
-    as_rows,
-    cdiv,
-    choose,
-    next_power_of_2,
-    row_candidates,
-    row_config,
-    shape_class,
-    sum_candidates,
-    sum_config,
-    too_wide,
-)
+from blip3o_kernels.launch import RowRule, SumRule, as_rows, candidates_of, cdiv, launch_rows, too_wide
 from blip3o_kernels.numeric import rounded
 from blip3o_kernels.operation import Operation, compute_dtype
 from blip3o_kernels.triton_language import tl, triton
@@ -123,19 +109,20 @@ def _backward_kernel(
     tl.store(dx + (b * N + n)[:, None] * D + d[None, :], rounded(out, dx.dtype.element_ty), mask=inside)
 
 
+FORWARD = SumRule("flow_matching_loss", elements_per_thread=16)
+BACKWARD = RowRule("flow_matching_loss_backward", elements_per_thread=16)
+candidates = candidates_of(FORWARD, BACKWARD)
+
+
 def launch_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """mse `[B]`, and cosine, prediction's norm and target's norm `[3, B]`, fp32."""
     prediction, target = as_rows(prediction), as_rows(target)
     B, N, D = prediction.shape
-    rule = sum_config(N, D, elements_per_thread=16)
-    config = choose("flow_matching_loss", shape_class(prediction.dtype, D=D), prediction, rule)
+    config = FORWARD.choose(prediction, N, D)
     splits, tiles = config.split(B, N)
     sums = torch.empty(4, B, splits, dtype=torch.float32, device=prediction.device)
-    with torch.cuda.device_of(prediction):
-        _forward_kernel[(B * splits,)](
-            prediction, target, sums, *prediction.stride()[:2], *target.stride()[:2], N, splits, tiles, B * splits,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
+    arguments = target, sums, *prediction.stride()[:2], *target.stride()[:2], N, splits, tiles, B * splits
+    launch_rows(_forward_kernel, B * splits, config, D, prediction, *arguments)
     return sums[0].sum(-1) / N, sums[1:].sum(-1) / N
 
 
@@ -144,23 +131,11 @@ def launch_backward(d_mse: Tensor, x: Tensor, other: Tensor) -> Tensor:
     x, other = as_rows(x), as_rows(other)
     B, N, D = x.shape
     dx = torch.empty(B, N, D, dtype=x.dtype, device=x.device)
-    rule = row_config(N, D, elements_per_thread=16)
-    config = choose("flow_matching_loss_backward", shape_class(x.dtype, D=D), x, rule)
+    config = BACKWARD.choose(x, N, D)
     blocks = cdiv(N, config.rows)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(B * blocks,)](
-            d_mse, x, other, dx, d_mse.stride(0), *x.stride()[:2], *other.stride()[:2], N, blocks,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
+    arguments = x, other, dx, d_mse.stride(0), *x.stride()[:2], *other.stride()[:2], N, blocks
+    launch_rows(_backward_kernel, B * blocks, config, D, d_mse, *arguments)
     return dx
-
-
-def candidates(D: int, *_: Any) -> dict[str, list[RowConfig] | list[SumConfig]]:
-    """What a search tries for each kernel."""
-    return {
-        "flow_matching_loss": sum_candidates(D, (8, 16, 32)),
-        "flow_matching_loss_backward": row_candidates(D, (8, 16, 32)),
-    }
 
 
 def launches(shape: ModelShape, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -66,29 +66,65 @@ def row_config(N: int, D: int, elements_per_thread: int, tile: int = 4096) -> Ro
     return RowConfig(rows, min(max(warps, 1), 16))
 
 
-def sum_config(N: int, D: int, elements_per_thread: int, tile: int = 4096) -> SumConfig:
-    """The tile of `row_config`, for 1024 programs: about two waves of four programs on each of 132 multiprocessors."""
-    config = row_config(N, D, elements_per_thread, tile)
-    return SumConfig(config.rows, config.num_warps, 1024)
+@dataclass(frozen=True)
+class _Tiles:
+    op: str
+    elements_per_thread: int
+    tile: int = 4096
+    tried: tuple[int, ...] = (8, 16, 32)  # elements a thread
+
+    def tile_of(self, N: int, D: int) -> RowConfig:
+        return row_config(N, D, self.elements_per_thread, self.tile)
+
+    def tiles_to_try(self, D: int) -> list[RowConfig]:
+        """Tiles of 1024 to 16384 elements, each thread with one of the shares to try."""
+        width = next_power_of_2(D)
+        configs = []
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            elements = rows * width
+            if not (1024 <= elements <= 16384):
+                continue
+            warps = (elements // (32 * share) for share in self.tried)
+            configs += [RowConfig(rows, count) for count in warps if 1 <= count <= 16]
+        return configs
 
 
-def row_candidates(D: int, elements_per_thread: tuple[int, ...]) -> list[RowConfig]:
-    """The space a search tries: tiles of 1024 to 16384 elements, each thread with one of the given shares."""
-    width = next_power_of_2(D)
-    configs = []
-    for rows in (1, 2, 4, 8, 16, 32, 64):
-        elements = rows * width
-        if not (1024 <= elements <= 16384):
-            continue
-        warps = (elements // (32 * share) for share in elements_per_thread)
-        configs += [RowConfig(rows, count) for count in warps if 1 <= count <= 16]
-    return configs
+class RowRule(_Tiles):
+    """How a row kernel is launched where nothing was measured, as `row_config` says, and what a search tries."""
+
+    def choose(self, x: Tensor, N: int, D: int) -> RowConfig:
+        """The configuration for `[..., N, D]` of x's dtype on x's GPU."""
+        return choose(self.op, shape_class(x.dtype, D=D), x, self.tile_of(N, D))
+
+    def candidates(self, D: int) -> list[RowConfig]:
+        return self.tiles_to_try(D)
 
 
-def sum_candidates(D: int, elements_per_thread: tuple[int, ...]) -> list[SumConfig]:
-    """The space of `row_candidates`, each for half, once, twice and four times the rule's number of programs."""
-    tiles = row_candidates(D, elements_per_thread)
-    return [SumConfig(tile.rows, tile.num_warps, count) for tile in tiles for count in (512, 1024, 2048, 4096)]
+class SumRule(_Tiles):
+    """The same for a row kernel that also sums over tokens."""
+
+    def choose(self, x: Tensor, N: int, D: int) -> SumConfig:
+        """1024 programs: about two waves of four programs on each of 132 multiprocessors."""
+        tile = self.tile_of(N, D)
+        return choose(self.op, shape_class(x.dtype, D=D), x, SumConfig(tile.rows, tile.num_warps, 1024))
+
+    def candidates(self, D: int) -> list[SumConfig]:
+        """Every tile, each for half, once, twice and four times the rule's number of programs."""
+        tiles = self.tiles_to_try(D)
+        return [SumConfig(tile.rows, tile.num_warps, count) for tile in tiles for count in (512, 1024, 2048, 4096)]
+
+
+def candidates_of(*rules: RowRule | SumRule) -> Callable[..., dict[str, Any]]:
+    """An operation's `candidates`: what a search tries for each of its kernels."""
+    return lambda D, *_: {rule.op: rule.candidates(D) for rule in rules}
+
+
+def launch_rows(kernel: Any, programs: int, config: RowConfig | SumConfig, D: int, x: Tensor, *arguments: Any) -> None:
+    """Launch a row kernel, whose first tensor is x and whose last parameters are D, its block and the tile's rows."""
+    with torch.cuda.device_of(x):
+        kernel[(programs,)](
+            x, *arguments, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS
+        )
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,13 @@ from torch import Tensor
 from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
 from blip3o_kernels.checks import check_device, check_floating, check_parameter
 from blip3o_kernels.launch import (
-    ROW_OPTIONS,
-    RowConfig,
-    SumConfig,
+    RowRule,
+    SumRule,
+    candidates_of,
     cdiv,
-    choose,
     dense,
-    next_power_of_2,
+    launch_rows,
     parameter_dtypes,
-    row_candidates,
-    row_config,
-    shape_class,
-    sum_candidates,
-    sum_config,
     too_wide,
 )
 from blip3o_kernels.numeric import inverse_rms, load_row, norm_gradient, rounded
@@ -182,6 +176,14 @@ def turned(
     return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, BD))
 
 
+# The rows are heads of tokens. The backward holds two tiles and their sum; of wide heads a thread gets less, as with
+# more ptxas spills a register or two on sm_90 and sm_100.
+FORWARD = RowRule("qk_norm_rope", elements_per_thread=16)
+BACKWARD = SumRule("qk_norm_rope_backward", elements_per_thread=8, tile=2048)
+BACKWARD_WIDE = SumRule("qk_norm_rope_backward", elements_per_thread=4, tile=1024)
+candidates = candidates_of(FORWARD, BACKWARD)
+
+
 def launch_forward(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -190,14 +192,11 @@ def launch_forward(
     B, Nq, H, D = q.shape
     Nk, Hkv = k.shape[1:3]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    config = choose("qk_norm_rope", shape_class(q.dtype, D=D), q, row_config(Nq * H, D, elements_per_thread=16))
+    config = FORWARD.choose(q, Nq * H, D)
     q_blocks, k_blocks = cdiv(Nq * H, config.rows), cdiv(Nk * Hkv, config.rows)
-    with torch.cuda.device_of(q):
-        _forward_kernel[(B * (q_blocks + k_blocks),)](
-            q, k, q_weight.contiguous(), k_weight.contiguous(), _table(cos), _table(sin), q_out, k_out,
-            *q.stride()[:3], *k.stride()[:3], Nq, Nk, q_blocks, k_blocks, eps,
-            H, Hkv, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
+    tensors = k, q_weight.contiguous(), k_weight.contiguous(), _table(cos), _table(sin), q_out, k_out
+    sizes = *q.stride()[:3], *k.stride()[:3], Nq, Nk, q_blocks, k_blocks, eps, H, Hkv
+    launch_rows(_forward_kernel, B * (q_blocks + k_blocks), config, D, q, *tensors, *sizes)
     return q_out, k_out
 
 
@@ -218,37 +217,19 @@ def launch_backward(
     B, Nq, H, D = q.shape
     Nk, Hkv = k.shape[1:3]
     dq_out, dk_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    config = choose("qk_norm_rope_backward", shape_class(q.dtype, D=D), q, _backward_rule(Nq * H, D))
+    config = (BACKWARD_WIDE if D > 64 else BACKWARD).choose(q, Nq * H, D)
     q_splits, tiles = config.split(B, Nq * H)
     k_splits = cdiv(Nk * Hkv, config.rows * tiles)
     q_partial, k_partial = (
         torch.empty(B, splits, D, dtype=torch.float32, device=q.device) for splits in (q_splits, k_splits)
     )
-    with torch.cuda.device_of(q):
-        _backward_kernel[(B * (q_splits + k_splits),)](
-            dq, dk, q, k, q_weight, k_weight, _table(cos), _table(sin), dq_out, dk_out, q_partial, k_partial,
-            *dq.stride()[:3], *dk.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-            Nq, Nk, q_splits, k_splits, tiles, eps,
-            H, Hkv, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
+    tensors = dk, q, k, q_weight, k_weight, _table(cos), _table(sin), dq_out, dk_out, q_partial, k_partial
+    strides = *dq.stride()[:3], *dk.stride()[:3], *q.stride()[:3], *k.stride()[:3]
+    sizes = Nq, Nk, q_splits, k_splits, tiles, eps, H, Hkv
+    launch_rows(_backward_kernel, B * (q_splits + k_splits), config, D, dq, *tensors, *strides, *sizes)
     d_q_weight, _ = gain_gradients(q_partial, q_weight, None, gate=False)
     d_k_weight, _ = gain_gradients(k_partial, k_weight, None, gate=False)
     return dq_out, dk_out, d_q_weight, d_k_weight
-
-
-def _backward_rule(rows: int, D: int) -> SumConfig:
-    """Two tiles and their sum are held at once; the rows are heads of tokens."""
-    if D > 64:  # with more a thread, ptxas spills a register or two on sm_90 and sm_100
-        return sum_config(rows, D, elements_per_thread=4, tile=1024)
-    return sum_config(rows, D, elements_per_thread=8, tile=2048)
-
-
-def candidates(D: int, *_: Any) -> dict[str, list[RowConfig] | list[SumConfig]]:
-    """What a search tries for each kernel."""
-    return {
-        "qk_norm_rope": row_candidates(D, (8, 16, 32)),
-        "qk_norm_rope_backward": sum_candidates(D, (8, 16, 32)),
-    }
 
 
 def launches(shape: ModelShape, dtype: torch.dtype) -> None:

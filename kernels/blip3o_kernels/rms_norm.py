@@ -15,19 +15,14 @@ from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
 from blip3o_kernels.checks import check_floating, check_parameter
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
-    RowConfig,
-    SumConfig,
+    RowRule,
+    SumRule,
     as_rows,
+    candidates_of,
     cdiv,
-    choose,
     dense,
-    next_power_of_2,
+    launch_rows,
     parameter_dtypes,
-    row_candidates,
-    row_config,
-    shape_class,
-    sum_candidates,
-    sum_config,
     too_wide,
 )
 from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
@@ -147,19 +142,21 @@ def sum_rows(rows, d, count, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constex
     return tl.sum(total, axis=0)
 
 
+FORWARD = RowRule("rms_norm", elements_per_thread=32, tried=(8, 16, 32, 64))
+BACKWARD = SumRule("rms_norm_backward", elements_per_thread=16)  # holds two tiles and their sum
+candidates = candidates_of(FORWARD, BACKWARD)
+
+
 def launch_forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> Tensor:
     """y of x's shape, contiguous."""
     rows, weight = as_rows(x, scale is not None), weight.contiguous()
     scale, scale_b = _modulation(scale)
     B, N, D = rows.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    config = choose("rms_norm", shape_class(x.dtype, D=D), x, row_config(N, D, elements_per_thread=32))
+    config = FORWARD.choose(x, N, D)
     blocks = cdiv(N, config.rows)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(B * blocks,)](
-            rows, weight, scale, y, rows.stride(0), rows.stride(1), scale_b, N, blocks, eps,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
+    arguments = weight, scale, y, *rows.stride()[:2], scale_b, N, blocks, eps
+    launch_rows(_forward_kernel, B * blocks, config, D, rows, *arguments)
     return y
 
 
@@ -172,16 +169,12 @@ def launch_backward(
     scale, scale_b = _modulation(scale)
     B, N, D = rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rule = sum_config(N, D, elements_per_thread=16)  # two tiles and their sum are held at once
-    config = choose("rms_norm_backward", shape_class(x.dtype, D=D), x, rule)
+    config = BACKWARD.choose(x, N, D)
     splits, tiles = config.split(B, N)
     partial = torch.empty(B, splits, D, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(B * splits,)](
-            upstream, rows, weight, scale, dx, partial, upstream.stride(0), upstream.stride(1), rows.stride(0),
-            rows.stride(1), scale_b, N, splits, tiles, eps,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
+    strides = *upstream.stride()[:2], *rows.stride()[:2], scale_b
+    arguments = rows, weight, scale, dx, partial, *strides, N, splits, tiles, eps
+    launch_rows(_backward_kernel, B * splits, config, D, upstream, *arguments)
     return dx, *gain_gradients(partial, weight, scale, gate=False)
 
 
@@ -216,11 +209,6 @@ def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate:
             rows, d_weight, rows.shape[0], D, 32, 128, num_warps=8, **ROW_OPTIONS
         )  # fmt: skip
     return d_weight, d_factor
-
-
-def candidates(D: int, *_: Any) -> dict[str, list[RowConfig] | list[SumConfig]]:
-    """What a search tries for each kernel."""
-    return {"rms_norm": row_candidates(D, (8, 16, 32, 64)), "rms_norm_backward": sum_candidates(D, (8, 16, 32))}
 
 
 def launches(shape: ModelShape, dtype: torch.dtype) -> None:

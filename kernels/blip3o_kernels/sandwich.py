@@ -14,20 +14,14 @@ from torch import Tensor
 from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
 from blip3o_kernels.checks import check_device, check_dtype, check_floating, check_parameter, check_shape
 from blip3o_kernels.launch import (
-    ROW_OPTIONS,
-    RowConfig,
-    SumConfig,
+    RowRule,
+    SumRule,
     as_rows,
+    candidates_of,
     cdiv,
-    choose,
     dense,
-    next_power_of_2,
+    launch_rows,
     parameter_dtypes,
-    row_candidates,
-    row_config,
-    shape_class,
-    sum_candidates,
-    sum_config,
     too_wide,
 )
 from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
@@ -160,6 +154,11 @@ def load_tile(pointer, n, stride_n, d, inside):
     return tl.load(pointer + n[:, None] * stride_n + d[None, :], mask=inside, other=0).to(tl.float32)
 
 
+FORWARD = RowRule("sandwich", elements_per_thread=16)  # holds two tiles
+BACKWARD = SumRule("sandwich_backward", elements_per_thread=8, tile=2048, tried=(8, 16))  # four tiles and two sums
+candidates = candidates_of(FORWARD, BACKWARD)
+
+
 def launch_forward(
     branch_out: Tensor,
     residual: Tensor,
@@ -173,14 +172,11 @@ def launch_forward(
     branch, stream, gate, scale = as_rows(branch_out), as_rows(residual), dense(gate), dense(next_scale)
     B, N, D = branch.shape
     new_residual, next_input = (torch.empty(B, N, D, dtype=branch.dtype, device=branch.device) for _ in range(2))
-    config = choose("sandwich", shape_class(branch.dtype, D=D), branch, row_config(N, D, elements_per_thread=16))
+    config = FORWARD.choose(branch, N, D)
     blocks = cdiv(N, config.rows)
-    with torch.cuda.device_of(branch):
-        _forward_kernel[(B * blocks,)](
-            branch, stream, post_weight.contiguous(), gate, next_pre_weight.contiguous(), scale,
-            new_residual, next_input, *branch.stride()[:2], *stream.stride()[:2], gate.stride(0), scale.stride(0),
-            N, blocks, eps, D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
+    tensors = stream, post_weight.contiguous(), gate, next_pre_weight.contiguous(), scale, new_residual, next_input
+    strides = *branch.stride()[:2], *stream.stride()[:2], gate.stride(0), scale.stride(0)
+    launch_rows(_forward_kernel, B * blocks, config, D, branch, *tensors, *strides, N, blocks, eps)
     return new_residual, next_input
 
 
@@ -201,25 +197,15 @@ def launch_backward(
     pre_weight, scale = next_pre_weight.contiguous(), dense(next_scale)
     B, N, D = branch.shape
     d_branch, d_residual = (torch.empty(B, N, D, dtype=branch.dtype, device=branch.device) for _ in range(2))
-    rule = sum_config(N, D, elements_per_thread=8, tile=2048)  # four tiles and two sums are held at once
-    config = choose("sandwich_backward", shape_class(branch.dtype, D=D), branch, rule)
+    config = BACKWARD.choose(branch, N, D)
     splits, tiles = config.split(B, N)
     post, pre = (torch.empty(B, splits, D, dtype=torch.float32, device=branch.device) for _ in range(2))
-    with torch.cuda.device_of(branch):
-        _backward_kernel[(B * splits,)](
-            d_stream, upstream, branch, new_residual, post_weight, gate, pre_weight, scale,
-            d_branch, d_residual, post, pre, *d_stream.stride()[:2], *upstream.stride()[:2], *branch.stride()[:2],
-            gate.stride(0), scale.stride(0), N, splits, tiles, eps,
-            D, next_power_of_2(D), config.rows, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
+    tensors = upstream, branch, new_residual, post_weight, gate, pre_weight, scale, d_branch, d_residual, post, pre
+    strides = *d_stream.stride()[:2], *upstream.stride()[:2], *branch.stride()[:2], gate.stride(0), scale.stride(0)
+    launch_rows(_backward_kernel, B * splits, config, D, d_stream, *tensors, *strides, N, splits, tiles, eps)
     d_post_weight, d_gate = gain_gradients(post, post_weight, gate, gate=True)
     d_pre_weight, d_scale = gain_gradients(pre, pre_weight, scale, gate=False)
     return d_branch, d_residual, d_post_weight, d_gate, d_pre_weight, d_scale
-
-
-def candidates(D: int, *_: Any) -> dict[str, list[RowConfig] | list[SumConfig]]:
-    """What a search tries for each kernel."""
-    return {"sandwich": row_candidates(D, (8, 16, 32)), "sandwich_backward": sum_candidates(D, (8, 16))}
 
 
 def launches(shape: ModelShape, dtype: torch.dtype) -> None:
