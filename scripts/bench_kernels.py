@@ -73,7 +73,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
     machine = describe([sys.executable, *sys.argv], options.commit)
     step_presets = [preset for preset in STEP_PRESETS if preset in options.preset] if TRAIN_STEP in options.op else []
     if step_presets:
-        import train_step  # needs the requirements of blip3o_ds, which the kernels alone do without
+        import train_step  # needs the requirements of blip3o_ds, which the kernels do without
 
     cases = planned_cases(options)
     steps = [(train_step.compile_step, (preset, name)) for preset in step_presets for name in train_step.MODES]

@@ -1,7 +1,7 @@
 """A whole training step of the DiT for `bench_kernels.py`: forward, loss, backward, AdamW, without DeepSpeed.
 
 Weights are bf16 with fp32 copies that AdamW updates, as in a bf16 run; torch.compile has the model whole. Triton's
-kernels and plain PyTorch differ in `use_kernels` alone.
+kernels and plain PyTorch differ only in `use_kernels`.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def obstacle() -> str | None:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
         return "TRITON_INTERPRET is set: interpreted kernels have no speed to compare; unset it"
     if os.environ.get("RANK", "0") != "0" or os.environ.get("WORLD_SIZE", "1") != "1":
-        return "started as one of several ranks: one process alone may write the table; start it without a launcher"
+        return "started as one of several ranks: only one process may write the table; start it without a launcher"
     return None
 
 

@@ -86,7 +86,7 @@ def _dynamic_batch(function: Callable[[Tensors], Tensors], arguments: Tensors) -
 
 
 def _sdpa(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by this one of PyTorch's kernels alone, which raises RuntimeError if it cannot."""
+    """Attention by exactly this one of PyTorch's kernels, which raises RuntimeError if it cannot."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if kernel == "efficient":  # knows no groups: its keys are copied for every query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

@@ -167,7 +167,7 @@ _forward = differentiable(custom_op("flow_matching_loss", launch_forward, _fake_
 _backward = backward_op("flow_matching_loss", launch_backward, lambda d_mse, x, other: like(x)[0])
 
 
-def _kernel(prediction: Tensor, target: Tensor) -> FlowLoss:
+def _fused(prediction: Tensor, target: Tensor) -> FlowLoss:
     mse, diagnostics = _forward(prediction, target)
     return FlowLoss(mse, *diagnostics.detach().unbind(0))
 
@@ -185,7 +185,7 @@ OPERATION = Operation(
     "flow_matching_loss",
     reference,
     check,
-    _kernel,
+    _fused,
     launches,
     _clip_dim,
     candidates,

@@ -152,7 +152,7 @@ _forward = differentiable(custom_op("gqa_attention", launch_forward, _fake_forwa
 _backward = backward_op("gqa_attention", launch_backward, lambda grad_out, q, k, v, *_: like(q, k, v))
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return _forward(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
 
 
@@ -177,7 +177,7 @@ OPERATION = Operation(
     "gqa_attention",
     reference,
     check,
-    _kernel,
+    _fused,
     launches,
     head_dim,
     lambda *sizes: {f"gqa_attention_{kernel}": configs for kernel, configs in candidates(*sizes).items()},

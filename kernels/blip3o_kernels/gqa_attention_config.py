@@ -62,7 +62,7 @@ def _fp32_config(kernel: str, wide: bool) -> AttentionConfig:
 
 
 def candidates(D: int, dtype: torch.dtype, arch: int) -> dict[str, list[AttentionConfig]]:
-    """What a search tries for each kernel: the rule's, and what is likely to fit registers; in fp32 the rule alone."""
+    """What a search tries for each kernel: the rule's, and what is likely to fit registers; in fp32 only the rule's."""
     return {kernel: _candidates(kernel, D, dtype, arch) for kernel in KERNELS}
 
 
@@ -79,7 +79,7 @@ def _candidates(kernel: str, D: int, dtype: torch.dtype, arch: int) -> list[Atte
 
 
 def _registers(kernel: str, config: AttentionConfig, D: int) -> float:
-    """Of a thread, for scores, their 16-bit copies and accumulators; addresses and operands come on top."""
+    """Registers of a thread for scores, their 16-bit copies and accumulators; addresses and operands need more."""
     scores = config.rows * config.keys
     elements = {
         "forward": 1.5 * scores + config.rows * D,

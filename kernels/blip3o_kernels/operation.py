@@ -38,7 +38,8 @@ class Operation(Generic[P, R]):
     def public(self) -> Callable[P, R]:
         """The function to call: it checks its arguments and takes the kernel or the reference."""
         reference, check, kernel, deciding = self.reference, self.check, self.kernel, self.deciding
-        parameters = inspect.signature(reference).parameters
+        signature = inspect.signature(reference)
+        parameters = signature.parameters
         names = tuple(parameters)
         defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         required = len(names) - len(defaults)
@@ -48,7 +49,7 @@ class Operation(Generic[P, R]):
             later = names[len(args) :]
             missing = [name for name in names[len(args) : required] if name not in kwargs]
             if missing or len(args) > len(names) or any(name not in later for name in kwargs):
-                return reference(*args, **kwargs)  # raises Python's own TypeError
+                signature.bind(*args, **kwargs)  # raises the TypeError of a wrong call
             args = (*args, *[kwargs[name] if name in kwargs else defaults[name] for name in later])
             obstacle = check(*args)
             if triton_chosen(args[deciding], obstacle):

@@ -134,7 +134,7 @@ def _column_sums_kernel(rows, sums, count, D: tl.constexpr, BD: tl.constexpr, RO
 
 @triton.jit
 def sum_rows(rows, d, count, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
-    """Sum of `[count, D]` fp32 over its rows, at channels d, in an order that depends on the count alone."""
+    """Sum of `[count, D]` fp32 over its rows, at channels d, in an order that depends only on the count."""
     total = tl.zeros([ROWS, BD], tl.float32)
     for first in range(0, count, ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]

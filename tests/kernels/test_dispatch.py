@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import blip3o_kernels
 from blip3o_kernels import rms_norm, use_kernels
 from blip3o_kernels.dispatch import triton_chosen
+from blip3o_kernels.registry import OPERATIONS
 from tests.kernels.accuracy import DEVICE, random
 
 
@@ -83,6 +85,27 @@ with k.use_kernels("triton"):
 """
     done = run_python(code)
     assert "Triton is not installed" in done.stderr
+
+
+def test_arguments_may_be_given_by_name_and_a_wrong_call_is_a_type_error():
+    x, weight, scale = random(2, 3, 4), random(4, seed=1), random(2, 4, seed=2)
+    assert torch.equal(rms_norm(weight=weight, x=x, scale=scale), rms_norm(x, weight, 1e-6, scale))
+    for args, kwargs, message in (
+        ((x,), {}, "missing a required argument: 'weight'"),
+        ((x, weight), {"x": x}, "multiple values for argument 'x'"),
+        ((x, weight), {"bias": x}, "unexpected keyword argument 'bias'"),
+        ((x, weight, 1e-6, scale, x), {}, "too many positional arguments"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            rms_norm(*args, **kwargs)
+
+
+def test_every_operation_has_the_name_and_the_help_of_its_public_function():
+    for name, operation in OPERATIONS.items():
+        function = getattr(blip3o_kernels, name)
+        assert function.__name__ == name
+        assert function.__doc__ == operation.reference.__doc__
+        assert [workload.name for workload in operation.workloads][:1] in ([], [name])
 
 
 def two_norms(x, weight, scale):
