@@ -185,6 +185,19 @@ def test_convert_stores_all_tensors_in_the_dtype_asked_for(folder, spec, tmp_pat
     assert torch.equal(sample["eva"], as_read(2, spec)["eva"][1:])
 
 
+def test_a_run_trains_on_samples_that_hold_it(tmp_path, launch):
+    pair = DatasetSpec.pair(16, "patch_only", 12, 8, "fp32", "an-eva", "a-clip")
+    spec = replace(pair, tensors={**pair.tensors, "text": spec_with("fp16").tensors["text"]})
+    generator = torch.Generator().manual_seed(0)
+    with DatasetWriter(tmp_path / "set", spec) as writer:
+        for number in range(8):
+            tensors = {name: torch.randn(spec.shape(name), generator=generator) for name in spec.tensors}
+            writer.write(f"image{number}", tensors, {})
+    run = launch(tmp_path / "set", tmp_path / "out", None, {"train.max_steps": 2, "data.normalization": "standardize"})
+    assert run.returncode == 0, run.output
+    assert len(run.metrics()) == 2
+
+
 def test_standardising_uses_its_own_statistics(folder):
     dataset = EmbeddingDataset(folder)
     text = torch.stack([dataset.read(*dataset.place(i))["text"].float() for i in range(10)])

@@ -103,7 +103,7 @@ class DatasetSpec:
 
     @property
     def format_version(self) -> int:
-        """Of the files: 1 for the usual pair, which all releases read, 2 for any other tensors."""
+        """The version of the files: 1 for the usual pair, which all releases read, 2 for any other tensors."""
         return 1 if _is_pair(self.tensors) else 2
 
     @property

@@ -220,12 +220,9 @@ class EmbeddingDataset:
 
 
 def _truncated(sizes: list[int], max_samples: int | None) -> list[int]:
+    """The sizes of the shards that hold the first `max_samples` samples, the last one cut to them."""
     if max_samples is None:
         return sizes
-    kept: list[int] = []
-    for size in sizes:
-        if max_samples <= 0:
-            break
-        kept.append(min(size, max_samples))
-        max_samples -= size
-    return kept
+    ends = np.cumsum(sizes)
+    last = int(np.searchsorted(ends, max_samples))
+    return np.diff(np.minimum(ends[: last + 1], max_samples), prepend=0).tolist()
