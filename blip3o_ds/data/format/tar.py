@@ -71,10 +71,10 @@ def _samples(file: HashingFile, file_bytes: int) -> Iterator[Member]:
     for name, offset, content in _members(file, file_bytes):
         key, _, suffix = name.partition(".")
         if suffix == "json":
-            of_half = half is not None and half.key == key
-            if half is not None and not of_half:
+            if half is not None and half.key != key:
                 yield half
-            yield replace(half if of_half else Member(key), meta=content, meta_offset=offset)
+                half = None
+            yield replace(half or Member(key), meta=content, meta_offset=offset)
             half = None
         elif suffix == "safetensors":
             if half is not None:

@@ -10,7 +10,6 @@ import datetime
 import fcntl
 import json
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -122,13 +121,10 @@ class Replacements:
 def _append_line(path: Path, content: dict[str, Any]) -> None:
     """One write of one line under a lock, so that lines of several ranks stay whole on network file systems too."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks has O_APPEND
-                fcntl.lockf(descriptor, fcntl.LOCK_EX)
-            os.write(descriptor, (json.dumps(content) + "\n").encode())
-        finally:
-            os.close(descriptor)
+        with open(path, "ab", buffering=0) as file:
+            with contextlib.suppress(OSError):  # a file system without locks has at least O_APPEND
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            file.write((json.dumps(content) + "\n").encode())
     except OSError as error:
         # The run does not need this record, and the log has the same line.
         logger.warning("%s: cannot be written (%s)", path, error)
