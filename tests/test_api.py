@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import blip3o_ds
+from blip3o_ds.baselines import fit_baselines
 from blip3o_ds.config import build_run_config
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.generate import generate
 from blip3o_ds.runs.folder import BASELINES, NORMALIZER
 from tests.conftest import write_embeddings

@@ -80,7 +80,7 @@ def run_convert(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_extract(args: argparse.Namespace) -> dict[str, Any]:
     from blip3o_ds.encoders.extract import extract
-    from blip3o_ds.encoders.place import find_place
+    from blip3o_ds.slurm import find_place
 
     place = find_place(os.environ)
     result = extract(

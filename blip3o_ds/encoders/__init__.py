@@ -1,1 +1,1 @@
-"""Images to patch embeddings, and from there to shards."""
+"""Frozen image encoders, and the extraction of their patch embeddings into a dataset."""

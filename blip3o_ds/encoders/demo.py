@@ -1,7 +1,7 @@
-"""The demo dataset: crops of photographs that come inside Python packages, encoded by the small pair.
+"""The demo dataset: crops of photographs that come with Python packages, encoded by the small pair.
 
-Three splits: `train`, `heldout_crops` (unseen crops of the photographs in train) and `heldout_images`
-(photographs of which train has nothing); which crop is where is a pure function of the sizes and the seed.
+Its splits are `train`, `heldout_crops` (unseen crops of the photographs in train) and `heldout_images` (photographs
+that are not in train); which crop is in which split is a pure function of the sizes and the seed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import importlib.util
 import logging
 import random
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ TARGET = "efficientnet-lite0-last-block"
 SPLITS = ("train", "heldout_crops", "heldout_images")
 CROP_PIXELS = 512
 SAMPLES_PER_SHARD = 64
-_MIN_SCALE = 0.25  # of the photograph's short side
+_MIN_SCALE = 0.25  # of the short side of the photograph
 
-# Package, folder in it, files. The two motorcycles are one scene from two viewpoints and stay together.
+# Package, folder in it, files. The two motorcycles show one scene from two viewpoints, so both are in one split.
 SEEN = (
     ("skimage", "data", "astronaut.png brick.png cell.png chelsea.png clock_motion.png coins.png grass.png"),
     (
@@ -52,7 +52,7 @@ _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of a photograph: number among its crops, left, top and side in pixels, mirrored or not."""
+    """A square of a photograph, `side` pixels wide; `number` counts the crops of the photograph."""
 
     image: str
     number: int
@@ -67,7 +67,7 @@ class Crop:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom, as PIL has it."""
+        """Left, top, right and bottom, as in PIL."""
         return (self.left, self.top, self.left + self.side, self.top + self.side)
 
 
@@ -82,9 +82,12 @@ def build_demo(
 ) -> dict[str, Any]:
     """Write the datasets `dst/train`, `dst/heldout_crops` and `dst/heldout_images`.
 
-    Returns for each split what `extract` returns, and `seconds` for all. Continues where an interrupted call
-    stopped. Raises DataError when the photographs' packages are missing or `dst` was begun with other
-    arguments, EncoderError when the weights' packages are missing.
+    A call that was interrupted can be repeated, and continues. Returns for each split what `encode_images` returns, and
+    `seconds` for all.
+
+    Raises:
+        DataError: the packages with the photographs are missing, or `dst` was started with other arguments.
+        EncoderError: the packages with the weights are missing.
     """
     started = time.monotonic()
     dst = Path(dst)
@@ -111,8 +114,8 @@ def plan_crops(
 ) -> dict[str, list[Crop]]:
     """Choose the crops of every split from photographs given by name and (width, height).
 
-    The photographs take turns. A crop is a pure function of (seed, photograph, number), numbers go on from
-    `train` to `heldout_crops`, and no box is drawn twice, so keys are unique and the splits disjoint.
+    The photographs take turns. A crop is a pure function of (seed, photograph, number), numbers continue from `train`
+    to `heldout_crops`, and no box is drawn twice, so keys are unique and the splits disjoint.
     """
     drawn: dict[str, list[Crop]] = {name: [] for name in [*seen, *held_out]}
 
@@ -133,7 +136,7 @@ def plan_crops(
 
 
 def _draw_crop(name: str, size: tuple[int, int], drawn: list[Crop], seed: int) -> Crop:
-    # Python guarantees the stream of random() for a seed, over versions and platforms.
+    # Python guarantees the sequence of random() for a seed, across versions and platforms.
     generator = random.Random(f"{seed}/{name}/{len(drawn)}")
     boxes = {crop.box for crop in drawn}
     width, height = size
@@ -172,29 +175,24 @@ def _package_folder(package: str) -> Path:
 
 
 def _claim(dst: Path, arguments: dict[str, int]) -> None:
-    """Note what `dst` is built from, or refuse to mix it with crops that other arguments chose."""
+    """Record the arguments in `dst`, or refuse to mix its crops with those of other arguments."""
     path = dst / "demo.json"
     if not path.exists():
         dst.mkdir(parents=True, exist_ok=True)
-        return atomic_write_json(path, arguments)
-    found = read_json(path)
-    if found != arguments:
+        atomic_write_json(path, arguments)
+    elif (found := read_json(path)) != arguments:
         raise DataError(f"{dst} holds a demo set made with {found}, not {arguments}; name another folder or empty it")
-    return None
 
 
 def _records(crops: list[Crop], photographs: dict[str, Image.Image]) -> list[ImageRecord]:
     return [
-        ImageRecord(crop.key, crop.key, number / len(crops), _load_crop(crop, photographs[crop.image]))
+        ImageRecord(crop.key, crop.key, number / len(crops), partial(_load_crop, crop, photographs[crop.image]))
         for number, crop in enumerate(crops, start=1)
     ]
 
 
-def _load_crop(crop: Crop, photograph: Image.Image) -> Callable[[], tuple[Image.Image, dict[str, Any]]]:
-    def load() -> tuple[Image.Image, dict[str, Any]]:
-        square = photograph.resize((CROP_PIXELS, CROP_PIXELS), Image.Resampling.BICUBIC, box=crop.box)
-        if crop.flip:
-            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return square, {"caption": crop.image.replace("_", " "), **asdict(crop)}
-
-    return load
+def _load_crop(crop: Crop, photograph: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+    square = photograph.resize((CROP_PIXELS, CROP_PIXELS), Image.Resampling.BICUBIC, box=crop.box)
+    if crop.flip:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return square, {"caption": crop.image.replace("_", " "), **asdict(crop)}

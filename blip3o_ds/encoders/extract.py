@@ -1,7 +1,7 @@
-"""Pictures to a dataset of paired embeddings: decode, run both encoders, write shards.
+"""Encodes images with a pair of encoders and writes the paired embeddings as a dataset.
 
-It can be interrupted at any time and started again with the same arguments, on any number of processes: complete shards
-stay, the rest is redone.
+It can be interrupted at any time and run again with the same arguments, on any number of processes: complete shards are
+kept, and only the rest is done again.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from blip3o_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_SHARDS_PER_PART = 8  # of a folder of files; a tar is a part by itself
+_SHARDS_PER_PART = 8  # when the source is a folder of files; a tar is one part
 _MAX_DECODE_THREADS = 8
 _MAX_ASPECT_RATIO = 64
 
@@ -54,15 +55,19 @@ def extract(
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, Any]:
-    """Encode every picture of `images` (see `image_parts`) with two encoders into the dataset `dst`.
+    """Encode every image of `images` (see `image_parts`) with two encoders of the registry into the dataset `dst`.
 
     Process `rank` of `world_size` takes every `world_size`-th part of the source, and whichever ends last joins them:
-    the dataset is the same however many there were. They meet in the file system alone, so they need not run at the
-    same time. `condition` and `target` are names from the registry; `dtype` is that of the stored embeddings.
-    Returns this process's counts `written`, `skipped_existing` and `broken`, its `seconds`, and `parts_left`, those of
-    all processes that are not done: 0 when the dataset is finished. Raises EncoderError when the encoders do not fit
-    together or cannot be loaded, DataError when there is no usable picture, a part cannot be read (the others are
-    done first), or `dst` holds another dataset.
+    the dataset does not depend on the number of processes. They share nothing but the file system, so they need not
+    run at the same time. `dtype` is the dtype of the stored embeddings.
+
+    Returns:
+        This process's counts `written`, `skipped_existing` and `broken`, its `seconds`, `samples` of the finished
+        dataset, and `parts_left` of all processes: 0 when the dataset is finished.
+
+    Raises:
+        EncoderError: the encoders do not fit together or cannot be loaded.
+        DataError: there is no usable image, `dst` holds another dataset, or a part cannot be read (after all others).
     """
     spec = _dataset_spec(find_spec(condition), find_spec(target), token_layout, dtype)  # before gigabytes are loaded
     parts = image_parts(images, samples_per_shard * _SHARDS_PER_PART)
@@ -71,67 +76,60 @@ def extract(
         "target_weights": target_weights or find_spec(target).weights,
     }
     job = Extraction(Path(dst), spec, samples_per_shard, weights, [(part.name, part.size) for part in parts])
-    log = _ProcessProgress()
     todo = job.begin(range(rank, len(parts), world_size))
     logger.info("process %d of %d has %d of %d parts to encode", rank, world_size, len(todo), len(parts))
+    counts = _Counts([parts[number].size for number in todo])
     if todo:
-        encoders = (
-            load_encoder(condition, condition_weights, device, trust_remote_code=trust_remote_code),
-            load_encoder(target, target_weights, device, trust_remote_code=trust_remote_code),
+        encode = partial(
+            encode_images,
+            condition=load_encoder(condition, condition_weights, device, trust_remote_code=trust_remote_code),
+            target=load_encoder(target, target_weights, device, trust_remote_code=trust_remote_code),
+            token_layout=token_layout,
+            dtype=dtype,
+            samples_per_shard=samples_per_shard,
+            batch_size=batch_size,
+            counts=counts,
         )
-
-        def encode(part: ImagePart, folder: Path) -> dict[str, Any]:
-            return encode_images(
-                part.records(),
-                folder,
-                *encoders,
-                token_layout=token_layout,
-                dtype=dtype,
-                samples_per_shard=samples_per_shard,
-                batch_size=batch_size,
-                log=log,
-            )
-
-        _encode_parts(job, parts, todo, log, encode)
+        _encode_parts(job, parts, todo, counts, encode)
     job.finish_if_last()
-    return {**log.counts.summary(), "samples": job.num_samples(), "parts_left": job.parts_left()}
+    return {**counts.summary(), "samples": job.num_samples(), "parts_left": job.parts_left()}
 
 
 def _encode_parts(
     job: Extraction,
-    parts: list[ImagePart],
-    todo: list[int],
-    log: _ProcessProgress,
-    encode: Callable[[ImagePart, Path], dict[str, Any]],
+    parts: Sequence[ImagePart],
+    todo: Sequence[int],
+    counts: _Counts,
+    encode: Callable[[Iterable[ImageRecord], Path], dict[str, Any]],
 ) -> None:
-    """Encode the parts that are missing; one that cannot be read does not keep the others from being done."""
-    faults: list[DataError] = []
-    log.expect([parts[number].size for number in todo])
+    """Encode the missing parts; one that cannot be read does not stop the others."""
+    failures: list[DataError] = []
     for number in todo:
+        part = parts[number]
         try:
-            done = encode(parts[number], job.part_folder(number))
-            counts = {"samples": done["written"] + done["skipped_existing"], "broken": done["broken"]}
+            done = encode(part.records(), job.part_folder(number))
+            result = {"samples": done["written"] + done["skipped_existing"], "broken": done["broken"]}
         except BusyFolder:
-            logger.warning("part %s: another process is at it, and is left to finish it", parts[number].name)
+            logger.warning("part %s: another process is writing it", part.name)
             continue
         except NothingUsable:
-            counts = {"samples": 0}
+            result = {"samples": 0}
         except DataError as error:
-            logger.error("part %s: %s", parts[number].name, error)
-            faults.append(error)
+            logger.error("part %s: %s", part.name, error)
+            failures.append(error)
             continue
         finally:
-            log.end_part()
-        job.mark_done(number, counts)
-        logger.info("part %s is done; %d of %d parts left in all", parts[number].name, job.parts_left(), len(parts))
-    if faults:
+            counts.end_part()
+        job.mark_done(number, result)
+        logger.info("part %s is done; %d of %d parts left in all", part.name, job.parts_left(), len(parts))
+    if failures:
         raise DataError(
-            f"{len(faults)} of {len(todo)} parts could not be encoded, the others are done; the first: {faults[0]}"
-        ) from faults[0]
+            f"{len(failures)} of {len(todo)} parts could not be encoded, the others are done; the first: {failures[0]}"
+        ) from failures[0]
 
 
 class NothingUsable(DataError):
-    """Not one picture could be decoded."""
+    """Not one image could be decoded."""
 
 
 def encode_images(
@@ -144,33 +142,37 @@ def encode_images(
     dtype: StorageDType = "bf16",
     samples_per_shard: int = 512,
     batch_size: int = 16,
-    log: _ProcessProgress | None = None,
+    counts: _Counts | None = None,
 ) -> dict[str, Any]:
-    """The core of `extract`, on records and encoders that are there already.
+    """The core of `extract`, for given records and loaded encoders.
 
-    A picture that cannot be decoded is skipped, logged and listed in `dst/broken_images.jsonl`. After an
-    interruption the result is the same to the bit when `batch_size` divides `samples_per_shard`; otherwise
-    batches fall elsewhere and may round differently.
+    An image that cannot be decoded is skipped, logged and listed in `dst/broken_images.jsonl`. After an interruption
+    the result is bitwise the same if `batch_size` divides `samples_per_shard`; otherwise other images share a batch,
+    and rounding may differ.
     """
+    counts = counts or _Counts([1])
+    before = counts.summary()
     spec = _dataset_spec(condition.spec, target.spec, token_layout, dtype)
-    extra = {"condition_weights": condition.weights, "target_weights": target.weights}
+    extra = {"condition_weights": condition.options.weights, "target_weights": target.options.weights}
     with DatasetWriter(dst, spec, samples_per_shard=samples_per_shard, extra=extra, resume=True) as writer:
-        progress = _PartProgress(dst, log or _ProcessProgress())
-        todo = progress.skip_existing(records, writer.done_keys())
-        decoded = _decode_ahead(todo, condition, target, lookahead=2 * batch_size)
+        todo = _without_existing(records, writer.done_keys(), counts)
+        decoded = _without_broken(_decode_ahead(todo, condition, target, 2 * batch_size), dst / BROKEN_NAME, counts)
         with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
             writing: Future[None] | None = None
-            for batch in _batches(progress.skip_broken(decoded), batch_size):
-                encoded = _encode(batch, condition, target, token_layout)
+            while batch := list(islice(decoded, batch_size)):
+                tensors = {
+                    "eva": condition(torch.stack([image.condition for image in batch]), token_layout).cpu(),
+                    "clip": target(torch.stack([image.target for image in batch]), token_layout).cpu(),
+                }
                 if writing:
                     writing.result()
-                writing = background.submit(_write, encoded, writer, progress)
+                writing = background.submit(_write, writer, batch, tensors, counts)
             if writing:
                 writing.result()
-        counts = progress.counts
-        if not counts.written + counts.skipped_existing:
-            raise NothingUsable(f"{dst}: no picture could be used ({counts.broken} broken); see {BROKEN_NAME} in it")
-    return counts.summary()
+        done = {name: value - before[name] for name, value in counts.summary().items()}
+        if not done["written"] + done["skipped_existing"]:
+            raise NothingUsable(f"{dst}: no image could be used ({done['broken']} broken); see {BROKEN_NAME} in it")
+    return done
 
 
 def _dataset_spec(
@@ -196,21 +198,37 @@ def _dataset_spec(
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A picture ready for both encoders, or the reason why it is not."""
+    """An image as the input of both encoders."""
 
     record: ImageRecord
-    condition: Tensor | None = None  # [3, H, W]
-    target: Tensor | None = None  # [3, H', W']
-    meta: dict[str, Any] | None = None
-    fault: str = ""
+    condition: Tensor  # [3, H, W]
+    target: Tensor  # [3, H', W']
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """An image that cannot be decoded."""
+
+    record: ImageRecord
+    fault: str
+
+
+def _without_existing(records: Iterable[ImageRecord], done: set[str], counts: _Counts) -> Iterator[ImageRecord]:
+    for record in records:
+        if record.key in done:
+            counts.add_existing(record)
+        else:
+            yield record
 
 
 def _decode_ahead(
     records: Iterable[ImageRecord], condition: PatchEncoder, target: PatchEncoder, lookahead: int
-) -> Iterator[_Decoded]:
-    """Decode in threads, at most `lookahead` pictures in advance, and yield in the records' order."""
-    pending: deque[Future[_Decoded]] = deque()
-    pool = ThreadPoolExecutor(min(_MAX_DECODE_THREADS, _available_cpus()), thread_name_prefix="decode")
+) -> Iterator[_Decoded | _Broken]:
+    """Decode in threads, at most `lookahead` images in advance, and yield in the order of the records."""
+    pending: deque[Future[_Decoded | _Broken]] = deque()
+    available = len(os.sched_getaffinity(0))  # a scheduler may give this process fewer cores than the machine has
+    pool = ThreadPoolExecutor(min(_MAX_DECODE_THREADS, available), thread_name_prefix="decode")
     try:
         for record in records:
             pending.append(pool.submit(_decode, record, condition, target))
@@ -222,129 +240,65 @@ def _decode_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _available_cpus() -> int:
-    """Those that a scheduler left to this process, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
-
-
-def _decode(record: ImageRecord, condition: PatchEncoder, target: PatchEncoder) -> _Decoded:
+def _decode(record: ImageRecord, condition: PatchEncoder, target: PatchEncoder) -> _Decoded | _Broken:
     try:
         image, meta = record.load()
         if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
-            raise ValueError(f"{image.size[0]}x{image.size[1]} pixels is no picture but a strip")
-    except Exception as error:  # a damaged file makes the decoders raise almost anything; it is reported, not lost
-        return _Decoded(record, fault=f"{type(error).__name__}: {error}")
+            raise ValueError(f"{image.size[0]}x{image.size[1]} pixels are a strip, not an image")
+    except Exception as error:  # decoders raise almost anything on a damaged file; it is reported, not lost
+        return _Broken(record, f"{type(error).__name__}: {error}")
     inputs = condition.preprocess(image)
     same = condition.spec.input_format == target.spec.input_format
     return _Decoded(record, inputs, inputs if same else target.preprocess(image), meta)
 
 
-def _batches(decoded: Iterable[_Decoded], batch_size: int) -> Iterator[list[_Decoded]]:
-    iterator = iter(decoded)
-    while batch := list(islice(iterator, batch_size)):
-        yield batch
+def _without_broken(images: Iterable[_Decoded | _Broken], path: Path, counts: _Counts) -> Iterator[_Decoded]:
+    """The decoded images; the broken ones are listed in the file `path`."""
+    path.unlink(missing_ok=True)  # every run meets all broken images again
+    for image in images:
+        if isinstance(image, _Decoded):
+            yield image
+            continue
+        counts.broken += 1
+        logger.warning("skipped %s: %s", image.record.source, image.fault)
+        entry = {"key": image.record.key, "source": image.record.source, "fault": image.fault}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
-@dataclass(frozen=True)
-class _EncodedBatch:
-    samples: list[_Decoded]
-    tensors: dict[str, Tensor]  # by name [B, N, D], on the CPU
+def _write(writer: DatasetWriter, batch: list[_Decoded], tensors: dict[str, Tensor], counts: _Counts) -> None:
+    for row, image in enumerate(batch):
+        writer.write(image.record.key, {name: x[row] for name, x in tensors.items()}, image.meta)
+    counts.add_written(len(batch), batch[-1].record)
 
 
-def _encode(
-    batch: list[_Decoded], condition: PatchEncoder, target: PatchEncoder, token_layout: TokenLayout
-) -> _EncodedBatch:
-    eva = condition(torch.stack([sample.condition for sample in batch]), token_layout)
-    clip = target(torch.stack([sample.target for sample in batch]), token_layout)
-    return _EncodedBatch(batch, {"eva": eva.cpu(), "clip": clip.cpu()})
-
-
-def _write(batch: _EncodedBatch, writer: DatasetWriter, progress: _PartProgress) -> None:
-    for index, sample in enumerate(batch.samples):
-        writer.write(sample.record.key, {name: x[index] for name, x in batch.tensors.items()}, sample.meta)
-    progress.add_written(batch.samples)
-
-
-@dataclass
 class _Counts:
-    """What was done with the pictures of one part, or of all parts of this process."""
+    """What a process did with the images of its parts, and how far it is in them; `sizes` are those of the parts."""
 
-    written: int = 0
-    skipped_existing: int = 0
-    broken: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def summary(self) -> dict[str, Any]:
-        counts = {"written": self.written, "skipped_existing": self.skipped_existing, "broken": self.broken}
-        return {**counts, "seconds": time.monotonic() - self.started}
-
-
-class _ProcessProgress:
-    """The counts of a process over all of its parts, and how far it is in them."""
-
-    def __init__(self) -> None:
-        self.counts = _Counts()
-        self.expect([1])
-
-    def expect(self, sizes: list[int]) -> None:
-        """The sizes of the parts that come, in order."""
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.written = self.skipped_existing = self.broken = 0
+        self._started = time.monotonic()
         self._sizes, self._total, self._ended = deque(sizes), sum(sizes), 0
         self._progress = Progress("encoding", self._total)
 
     def end_part(self) -> None:
         self._ended += self._sizes.popleft()
 
-    def skip(self, progress: float) -> None:
-        """A picture was found done at `progress` (0..1) of the present part."""
-        self.counts.skipped_existing += 1
-        if not self.counts.written:
-            self._progress.resume_at(self._done(progress))
+    def add_existing(self, record: ImageRecord) -> None:
+        self.skipped_existing += 1
+        if not self.written:
+            self._progress.resume_at(self._done(record))
 
-    def add_written(self, count: int, progress: float) -> None:
-        self.counts.written += count
-        written, done = self.counts.written, self._done(progress)
-        rate = written / (time.monotonic() - self.counts.started)
-        self._progress.at(
-            done, f"{written} images, {rate:.3g}/s, {done / self._total:.1%} of the share of this process"
-        )
+    def add_written(self, count: int, last: ImageRecord) -> None:
+        self.written += count
+        done, rate = self._done(last), self.written / (time.monotonic() - self._started)
+        detail = f"{self.written} images, {rate:.3g}/s, {done / self._total:.1%} of this process's share"
+        self._progress.at(done, detail)
 
-    def _done(self, progress: float) -> float:
-        return self._ended + progress * self._sizes[0]
+    def summary(self) -> dict[str, Any]:
+        counts = {"written": self.written, "skipped_existing": self.skipped_existing, "broken": self.broken}
+        return {**counts, "seconds": time.monotonic() - self._started}
 
-
-class _PartProgress:
-    """What has been done of one part, and the list of its broken pictures."""
-
-    def __init__(self, dst: Path, process: _ProcessProgress) -> None:
-        self.counts = _Counts()
-        self._process = process
-        # Every run meets all broken pictures again, so the list is written from its start.
-        self._broken_path = dst / BROKEN_NAME
-        self._broken_path.unlink(missing_ok=True)
-
-    def skip_existing(self, records: Iterable[ImageRecord], done: set[str]) -> Iterator[ImageRecord]:
-        for record in records:
-            if record.key in done:
-                self.counts.skipped_existing += 1
-                self._process.skip(record.progress)
-            else:
-                yield record
-
-    def skip_broken(self, decoded: Iterable[_Decoded]) -> Iterator[_Decoded]:
-        for sample in decoded:
-            if sample.fault:
-                self._add_broken(sample)
-            else:
-                yield sample
-
-    def add_written(self, samples: list[_Decoded]) -> None:
-        self.counts.written += len(samples)
-        self._process.add_written(len(samples), samples[-1].record.progress)
-
-    def _add_broken(self, sample: _Decoded) -> None:
-        self.counts.broken += 1
-        self._process.counts.broken += 1
-        logger.warning("skipped %s: %s", sample.record.source, sample.fault)
-        entry = {"key": sample.record.key, "source": sample.record.source, "fault": sample.fault}
-        with open(self._broken_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+    def _done(self, record: ImageRecord) -> float:
+        """The share of all parts that ends with this record of the current part."""
+        return self._ended + record.progress * self._sizes[0]

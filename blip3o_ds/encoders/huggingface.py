@@ -1,26 +1,26 @@
-"""The published pair, EVA-CLIP-8B and CLIP ViT-L/14, through `transformers`, from a hub name or a folder.
+"""EVA-CLIP-8B and CLIP ViT-L/14 through `transformers`, from a hub name or a folder.
 
-Both give the last hidden state of the vision tower as it is, before any final norm or projection: 257 tokens,
-CLS first. EVA-CLIP's network is Python code in the repository of its weights and runs only with an explicit
-consent.
+Both give the last hidden state of the vision tower, before any final norm or projection: 257 tokens, CLS first. The
+network of EVA-CLIP is Python code in the repository of its weights, and runs only with explicit consent.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from blip3o_ds.encoders.encoder import EncoderSpec, LoadOptions
 from blip3o_ds.errors import EncoderError
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def load_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
     """The vision tower of CLIP ViT-L/14 (Radford et al. 2021): [B, 3, 224, 224] -> [B, 257, 1024].
 
-    Token 0 is CLS, the 256 others are the 16x16 patches row by row; raw last hidden state, no post-layernorm.
+    Token 0 is CLS, the others are the 16x16 patches row by row; the last hidden state, without post-layernorm.
     """
     model, missing = _from_pretrained("CLIPVisionModel", spec, options, trust_remote_code=False)
     _require_weights(spec, options, missing)
@@ -30,13 +30,13 @@ def load_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
 def load_eva_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
     """The vision tower of EVA-CLIP-8B (Sun et al. 2024): [B, 3, 224, 224] -> [B, 257, 4096].
 
-    Token 0 is CLS, the 256 others are the 16x16 patches row by row; raw last hidden state, no post-layernorm. Raises
+    Token 0 is CLS, the others are the 16x16 patches row by row; the last hidden state, without post-layernorm. Raises
     EncoderError without `trust_remote_code`, since the network's code is downloaded with its weights.
     """
     if not options.trust_remote_code:
         raise EncoderError(
-            f"{spec.name}: {options.weights} brings its own Python code, which loading it would run here; "
-            "read that code, then allow it with trust_remote_code (--trust_remote_code on the command line)"
+            f"{spec.name}: {options.weights} brings its own Python code, which would run here; read that code, then "
+            "allow it with trust_remote_code (--trust_remote_code on the command line)"
         )
     model, missing = _from_pretrained("AutoModel", spec, options, trust_remote_code=True)
     tower = getattr(model, "vision_model", None)
@@ -52,8 +52,24 @@ def load_eva_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
     return _LastHiddenState(tower).to(options.device)
 
 
+CLIP_VIT_L14 = EncoderSpec(
+    name="clip-vit-l14",
+    embed_dim=1024,
+    grid_size=16,
+    has_cls=True,
+    image_size=224,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    weights="openai/clip-vit-large-patch14",
+    cuda_dtype=torch.bfloat16,  # as fast as fp16, and the activations of a deep tower do not overflow
+    load=load_clip,
+)
+EVA_CLIP_8B = replace(CLIP_VIT_L14, name="eva-clip-8b", embed_dim=4096, weights="BAAI/EVA-CLIP-8B", load=load_eva_clip)
+ENCODERS = (EVA_CLIP_8B, CLIP_VIT_L14)
+
+
 class _LastHiddenState(nn.Module):
-    """A vision tower reduced to the one output that is wanted."""
+    """A vision tower with only its last hidden state as output."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
@@ -61,16 +77,15 @@ class _LastHiddenState(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        # All three are said, since older model code looks for what is not said in fields that its
-        # configuration may no longer have.
+        # All three are passed, since older model code reads missing ones from fields that its configuration may lack.
         output = self.tower(images, output_attentions=False, output_hidden_states=False, return_dict=True)
-        return output.last_hidden_state  # [B, N, D]
+        return cast(Tensor, output.last_hidden_state)  # [B, N, D]
 
 
 def _from_pretrained(
     class_name: str, spec: EncoderSpec, options: LoadOptions, trust_remote_code: bool
 ) -> tuple[nn.Module, set[str]]:
-    """The model, and the names of parameters and saved buffers that its weights file does not hold."""
+    """The model, and the names of the parameters and saved buffers that are not in its weights file."""
     try:
         import transformers
     except ImportError as error:
@@ -82,14 +97,14 @@ def _from_pretrained(
         )
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise EncoderError(
-            f"{spec.name}: cannot load {options.weights}: {error}. Name a folder that holds the model "
-            "(config.json and its weights), or a hub repository that this machine can reach"
+            f"{spec.name}: cannot load {options.weights}: {error}. Name a folder that holds the model (config.json and "
+            "its weights), or a hub repository that this machine can reach"
         ) from error
     return model, set(loading["missing_keys"])
 
 
 def _require_weights(spec: EncoderSpec, options: LoadOptions, missing: set[str]) -> None:
-    """transformers gives random values to what the file does not hold, with no more than a warning."""
+    """Refuse weights that are incomplete: transformers initialises the rest at random, and only warns."""
     if missing:
         raise EncoderError(
             f"{spec.name}: {options.weights} lacks {len(missing)} of the vision tower's weights, among them "
@@ -98,20 +113,23 @@ def _require_weights(spec: EncoderSpec, options: LoadOptions, missing: set[str])
 
 
 def _restore_buffers(tower: nn.Module, missing: set[str]) -> None:
-    """Compute anew the buffers of `tower` that no weights file holds: position numbers, rotary tables.
+    """Compute the buffers of `tower` that no weights file holds: position numbers, rotary tables.
 
-    transformers 5 builds a model without memory and fills in the saved tensors; what older model code computed in its
-    constructor and did not save is left uninitialised (huggingface/transformers issue 48892).
+    transformers 5 builds a model on the meta device and fills in the saved tensors; what older model code computed in
+    its constructor and did not save stays uninitialised (huggingface/transformers issue 48892).
     """
     lost = {name for name, _ in tower.named_buffers()} - set(tower.state_dict()) | missing
     if not lost:
         return
-    without_memory = register_module_parameter_registration_hook(
-        lambda module, name, parameter: nn.Parameter(parameter.to("meta"), requires_grad=False)
-    )
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    # The stubs know no hook that returns the parameter to register.
+    on_meta = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         fresh = type(tower)(tower.config)
     finally:
-        without_memory.remove()
+        on_meta.remove()
     for name in lost:
         tower.get_buffer(name).copy_(fresh.get_buffer(name))

@@ -1,7 +1,7 @@
-"""Where the pictures come from, webdataset tars or a folder: records that read nothing until they are asked.
+"""The images to encode, from webdataset tars or a folder, as records that read nothing until they are loaded.
 
-The source is cut into parts, and a part's records come in a fixed order with safe, unique keys, whoever reads it and
-when; so many processes can share an extraction, and an interrupted one can tell what it has done.
+The source is divided into parts whose records have a fixed order and safe, unique keys, whoever reads them and when: so
+processes can share an extraction, and a resumed one knows what is done.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,11 +28,10 @@ _TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One picture that can be loaded later, in any thread.
+    """An image that can be loaded later, in any thread.
 
-    `source` names it in messages, `progress` is the share (0..1) of its part that ends with it, and
-    `load` returns the decoded picture and its metadata, which always has a `caption`; `load` raises whatever
-    is wrong.
+    `source` names it in messages, and `progress` is the share (0..1) of its part that ends with it. `load` returns the
+    decoded image and its metadata, which always has a `caption`; it may raise any exception.
     """
 
     key: str
@@ -42,9 +42,9 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A tar, or a stretch of a folder's files: what one process works through at a time.
+    """What one process encodes at a time: a tar, or consecutive files of a folder.
 
-    `size` is in bytes for tars and in pictures for files; `records` reads the part from its beginning.
+    `size` is in bytes for a tar and in images for files; `records` reads the part from its start.
     """
 
     name: str
@@ -55,10 +55,12 @@ class ImagePart:
 def image_parts(images: str | Path, files_per_part: int) -> list[ImagePart]:
     """A tar, a folder of tars, or a folder of image files as parts; folders are read recursively.
 
-    In a tar a sample is `<key>.jpg|jpeg|png|webp` with an optional `<key>.txt` (caption) and `<key>.json`
-    (metadata) beside it, as webdataset has it; in a folder the caption and metadata have the picture's stem.
-    Keys are the names, and for a folder of tars the tar's name and the picture's. Raises DataError for a path that
-    holds neither, or both; reading a damaged tar raises it too.
+    In a tar, as in webdataset, a sample is `<key>.jpg|jpeg|png|webp` with an optional `<key>.txt` (caption) and
+    `<key>.json` (metadata); in a folder, caption and metadata have the name of the image with that suffix. A key is
+    the name of the image, after the name of its tar in a folder of tars.
+
+    Raises:
+        DataError: the path holds neither tars nor images, or both; later, a damaged tar.
     """
     images = Path(images)
     if images.is_file() and images.suffix == ".tar":
@@ -85,7 +87,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _folder_parts(folder: Path, pictures: list[Path], files_per_part: int) -> list[ImagePart]:
     keys = _KeyMaker()
-    # Over all files, and before they are divided: a key must not depend on the part's size.
+    # Before the files are divided, since a key must not depend on the size of the parts.
     keyed = [(keys.make(path.relative_to(folder).with_suffix("").as_posix()), path) for path in pictures]
     return [
         _folder_part(folder, keyed[start : start + files_per_part]) for start in range(0, len(keyed), files_per_part)
@@ -96,21 +98,18 @@ def _folder_part(folder: Path, keyed: list[tuple[str, Path]]) -> ImagePart:
     def records() -> Iterator[ImageRecord]:
         for number, (key, path) in enumerate(keyed, start=1):
             name = path.relative_to(folder).as_posix()
-            yield ImageRecord(key, source=str(path), progress=number / len(keyed), load=_load_files(path, name))
+            yield ImageRecord(
+                key, source=str(path), progress=number / len(keyed), load=partial(_load_files, path, name)
+            )
 
     first, last = (keyed[i][1].relative_to(folder).as_posix() for i in (0, -1))
     return ImagePart(f"{first} to {last}", len(keyed), records)
 
 
-def _load_files(path: Path, name: str) -> Callable[[], tuple[Image.Image, dict[str, Any]]]:
-    def load() -> tuple[Image.Image, dict[str, Any]]:
-        text, data = path.with_suffix(".txt"), path.with_suffix(".json")
-        meta = _parse_meta(
-            text.read_bytes() if text.exists() else None, data.read_bytes() if data.exists() else None, name
-        )
-        return decode_image(path.read_bytes()), meta
-
-    return load
+def _load_files(path: Path, name: str) -> tuple[Image.Image, dict[str, Any]]:
+    beside = (path.with_suffix(".txt"), path.with_suffix(".json"))
+    text, data = (file.read_bytes() if file.exists() else None for file in beside)
+    return decode_image(path.read_bytes()), _parse_meta(text, data, name)
 
 
 def _tar_part(tar: Path, name: str, container: str) -> ImagePart:
@@ -127,14 +126,14 @@ def _tar_part(tar: Path, name: str, container: str) -> ImagePart:
                 key=f"{container}_{key}" if container else key,
                 source=f"{tar}:{sample}.{suffix}",
                 progress=members[suffix].end / size,
-                load=_load_members(tar, members, suffix, f"{tar.name}/{sample}.{suffix}"),
+                load=partial(_load_members, tar, members, suffix, f"{tar.name}/{sample}.{suffix}"),
             )
 
     return ImagePart(name, size, records)
 
 
 def _container_keys(names: list[str]) -> list[str]:
-    """For every tar what its keys begin with, so chosen that no two tars can make the same key."""
+    """The prefix of each tar's keys, chosen so that no two tars can make the same key."""
     keys = _KeyMaker()
     made = [keys.make(name.removesuffix(".tar")) for name in names]
     ordered = sorted(f"{key}_" for key in made)
@@ -145,7 +144,7 @@ def _container_keys(names: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Member:
-    """Where the content of a tar's member lies."""
+    """Where the content of a member is in its tar."""
 
     start: int
     size: int
@@ -156,8 +155,9 @@ class _Member:
 
 
 def _samples_of(tar: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
-    """The samples of a tar: neighbouring members that agree up to the first dot, by the rest of the name."""
-    name, members = "", {}
+    """The samples of a tar: consecutive members whose names are equal up to the first dot, by the rest of the name."""
+    name = ""
+    members: dict[str, _Member] = {}
     for path, member in _members_of(tar):
         stem, _, suffix = path.name.partition(".")
         prefix = (path.parent / stem).as_posix()
@@ -174,7 +174,7 @@ def _members_of(tar: Path) -> Iterator[tuple[PurePosixPath, _Member]]:
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
-                archive.members = []  # tarfile would keep every header of a large tar
+                archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header of a large tar
                 path = PurePosixPath(member.name)
                 if member.isfile() and not path.name.startswith("."):
                     yield path, _Member(member.offset_data, member.size)
@@ -184,38 +184,33 @@ def _members_of(tar: Path) -> Iterator[tuple[PurePosixPath, _Member]]:
 
 
 def _require_end(tar: Path, offset: int) -> None:
-    """tarfile takes a damaged header for the archive's end; after a true end come zeros or nothing."""
+    """Refuse a damaged header, which tarfile takes for the end of the archive; zeros or nothing follow the true end."""
     with open(tar, "rb") as file:
         file.seek(offset)
         if any(file.read(_TAR_BLOCK)):
             raise DataError(f"{tar}: damaged at byte {offset}: expected a member or the end of the archive")
 
 
-def _load_members(
-    tar: Path, members: dict[str, _Member], suffix: str, name: str
-) -> Callable[[], tuple[Image.Image, dict[str, Any]]]:
-    def load() -> tuple[Image.Image, dict[str, Any]]:
-        with open(tar, "rb") as file:
-            wanted = {}
-            for kind in (suffix, "txt", "json"):
-                if kind in members:
-                    file.seek(members[kind].start)
-                    wanted[kind] = file.read(members[kind].size)
-        return decode_image(wanted[suffix]), _parse_meta(wanted.get("txt"), wanted.get("json"), name)
-
-    return load
+def _load_members(tar: Path, members: dict[str, _Member], suffix: str, name: str) -> tuple[Image.Image, dict[str, Any]]:
+    with open(tar, "rb") as file:
+        wanted = {}
+        for kind in (suffix, "txt", "json"):
+            if kind in members:
+                file.seek(members[kind].start)
+                wanted[kind] = file.read(members[kind].size)
+    return decode_image(wanted[suffix]), _parse_meta(wanted.get("txt"), wanted.get("json"), name)
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """The picture in an encoded file, upright and in RGB."""
+    """The image in an encoded file, upright and in RGB."""
     with Image.open(io.BytesIO(content)) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _parse_meta(text: bytes | None, data: bytes | None, source: str) -> dict[str, Any]:
-    meta = {"source": source}
+    meta: dict[str, Any] = {"source": source}
     if data is not None:
-        # pandas and others write NaN for what is missing; JSON itself has no such word.
+        # pandas and others write NaN for missing values, which JSON does not know.
         content = json.loads(data, parse_constant=lambda name: None)
         if not isinstance(content, dict):
             raise ValueError(f"the .json beside it holds a {type(content).__name__}, expected an object")
@@ -227,7 +222,7 @@ def _parse_meta(text: bytes | None, data: bytes | None, source: str) -> dict[str
 
 
 class _KeyMaker:
-    """Keys without dots or slashes, made unique by a number where that is needed."""
+    """Makes keys without dots or slashes, unique by a number where needed."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()

@@ -1,7 +1,7 @@
-"""An extraction that several processes share: which parts of the source are done, and their union as one dataset.
+"""An extraction that several processes share: which parts of the source are done, and how they become one dataset.
 
-Each part is a small dataset below `DST/.parts`, done when `part_0000000.json` stands beside it; whoever sees that all
-are moves their shards together and writes the manifest. Every step may be repeated, also by two processes at once.
+Each part is a small dataset in `DST/.parts`, done when `part_0000000.json` is beside it; a process that finds all done
+moves their shards together and writes the manifest. Every step may be repeated, even by two processes at once.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _DONE_NAME = re.compile(r"part_\d{7}\.json")
 class Extraction:
     """The state of an extraction into `dst`, all of it on disk.
 
-    `weights` and `samples_per_shard` are what it was begun with, `parts` are names and sizes of the source's parts;
-    going on with others is a DataError.
+    An extraction can only be resumed with the `weights`, `samples_per_shard` and `parts` (name and size) that it was
+    started with.
     """
 
     def __init__(
@@ -61,16 +61,16 @@ class Extraction:
         }
 
     def is_finished(self) -> bool:
-        """Whether the dataset is there; raises DataError where another one is."""
+        """Whether the dataset exists; raises DataError if another one does."""
         if not (self._dst / MANIFEST_NAME).exists():
             return False
         self._compare(Manifest.load(self._dst).extra.get("extraction"), self._dst / MANIFEST_NAME)
         return True
 
     def begin(self, numbers: Iterable[int]) -> list[int]:
-        """Write down what is to be done, or compare it with what was begun; returns which of these parts are not done.
+        """Record the plan, or compare it with the recorded one; returns which of these parts are not done.
 
-        Raises DataError where something else was begun, or is there.
+        Raises DataError if another extraction was started in the folder, or the folder holds another dataset.
         """
         if self.is_finished():
             return []
@@ -90,11 +90,11 @@ class Extraction:
         return self._dst / _PARTS / f"part_{number:07d}"
 
     def mark_done(self, number: int, counts: dict[str, int]) -> None:
-        """`counts` has at least the part's `samples`, which may be 0."""
+        """`counts` has at least the `samples` of the part, which may be 0."""
         atomic_write_json(self._done_path(number), counts)
 
     def parts_left(self) -> int:
-        """Parts that no process has finished; 0 once the dataset is there."""
+        """The number of parts that no process has finished; 0 once the dataset exists."""
         if (self._dst / MANIFEST_NAME).exists():
             return 0
         try:
@@ -106,20 +106,20 @@ class Extraction:
         return self._num_parts - sum(bool(_DONE_NAME.fullmatch(name)) for name in names)
 
     def num_samples(self) -> int | None:
-        """Of the finished dataset; None before."""
+        """The size of the finished dataset; None before."""
         return Manifest.load(self._dst).num_samples if (self._dst / MANIFEST_NAME).exists() else None
 
     def finish_if_last(self) -> None:
-        """Join the parts when all are done; another process may be doing the same."""
+        """Join the parts if all are done; another process may be doing the same."""
         try:
             if self.parts_left():
                 return
             if not self.is_finished():
                 self._join()
         except (DataError, FileNotFoundError):
-            if not self.is_finished():  # otherwise the other one was faster, and took the parts away
+            if not self.is_finished():  # otherwise another process was faster and removed the parts
                 raise
-        shutil.rmtree(self._dst / _PARTS, ignore_errors=True)  # the other one may be at it as well
+        shutil.rmtree(self._dst / _PARTS, ignore_errors=True)  # another process may be removing them too
 
     def _done_path(self, number: int) -> Path:
         return self.part_folder(number).with_suffix(".json")
@@ -145,7 +145,7 @@ class Extraction:
             with atomic_write(self._dst / BROKEN_NAME) as file:
                 file.write(broken)
         if not shards:
-            raise DataError(f"{self._dst}: no picture could be used; see {BROKEN_NAME} in it")
+            raise DataError(f"{self._dst}: no image could be used; see {BROKEN_NAME} in it")
         fsync_dir(self._dst)
         extra = {**self._weights, "extraction": self._plan}
         Manifest(self._spec, tuple(shards), stats_of_moments(moments), extra).save(self._dst)
@@ -156,8 +156,8 @@ class Extraction:
             return
         names = [name for name in self._plan if not isinstance(found, dict) or found.get(name) != self._plan[name]]
         raise DataError(
-            f"{path}: was begun with another {', '.join(names)}; go on with the same arguments and images, or choose "
-            "another folder (`blip3o-ds data append` joins two)"
+            f"{path}: was started with another {', '.join(names)}; continue with the same arguments and images, or "
+            "choose another folder (`blip3o-ds data append` joins two)"
         )
 
 

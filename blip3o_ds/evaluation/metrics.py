@@ -1,6 +1,6 @@
 """How close generated embeddings are to the true ones: similarity, error, retrieval, and distribution.
 
-Sums are kept in float64 and per image, so that the slices of several ranks join into exactly the metrics of one.
+Sums are kept in float64 and per image, so that several ranks together give exactly the metrics of one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blip3o_ds.errors import Blip3oError
 
-CENTRING_TOLERANCE = 1e-6  # a difference this small beside its operands is the rounding of fp32, not a direction
+CENTRING_TOLERANCE = 1e-6  # a difference this small relative to its operands is rounding of fp32, not a direction
 TIE_TOLERANCE = 1e-9  # cosines in float64 that differ by less are equal
 RETRIEVAL_CHUNK = 1024  # rows of the similarity matrix in memory at once
 
@@ -100,7 +100,7 @@ class MetricAccumulator:
     """
 
     def __init__(self, train_mean: Tensor, label: str = "generated") -> None:
-        """`train_mean` is m, [D]; `label` names the generated side in errors."""
+        """`train_mean` is m, [D]; `label` names the generated embeddings in errors."""
         self._mean = train_mean.detach().double().cpu()
         self._label = label
         self._per_image: list[Tensor] = []  # [B, 5] each: similarity, centred similarity, mse, norm of g, norm of c
@@ -172,7 +172,7 @@ class MetricAccumulator:
         payload = self.payload()
         per_image = payload["per_image"]
         if len(per_image) == 0:
-            raise Blip3oError("there is no image to evaluate; the dataset, or the part of it asked for, is empty")
+            raise Blip3oError("there is no image to evaluate; the dataset, or the chosen part of it, is empty")
         similarity, centered, mse, norm, target_norm = per_image.unbind(dim=1)
         pooled, sums, count = payload["pooled"], self._channel_sums, self._num_tokens
         collected = Collected(similarity, centered, mse, norm, target_norm, pooled, sums, count)
@@ -192,8 +192,8 @@ def _check_finite(label: str, embeddings: Tensor, indices: Sequence[int]) -> Non
         return
     image = indices[int((~finite).nonzero()[0])]
     raise Blip3oError(
-        f"image {image}: its {label} embedding holds NaN or infinity, so no metric of it means anything; "
-        "a diverged checkpoint or a damaged dataset gives this (blip3o-ds data verify DIR tells which)"
+        f"image {image}: its {label} embedding holds NaN or infinity, so metrics cannot be computed; the checkpoint "
+        "has diverged or the dataset is damaged (check it with blip3o-ds data verify DIR)"
     )
 
 

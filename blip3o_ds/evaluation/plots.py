@@ -1,6 +1,6 @@
-"""Pictures of an evaluation and of a training run, drawn without a display.
+"""Plots of an evaluation and of a training run as PNG files; they need no display.
 
-Both read plain results: an `EvalResult` for each split, or the lines of a run's `metrics.jsonl`.
+They are drawn from plain results: an `EvalResult` for each split, or the lines of a run's `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _STYLES = {"posterior_mean": "-", "sampled": "--", "ridge": ":", "mean_embedding
 
 
 def plot_evaluation(results: dict[str, EvalResult], path: str | Path) -> None:
-    """Bars of `clip_similarity`, raw and centred, for each split and reading, as a PNG file."""
+    """Bars of `clip_similarity`, not centred and centred, for each split and reading, as a PNG file."""
     figure = _figure(width=max(9.0, 3.0 * len(results) + 4.0), height=4.6)
-    panels = {"clip_similarity": "as it is", "clip_similarity_centered": "training mean subtracted"}
+    panels = {"clip_similarity": "not centred", "clip_similarity_centered": "training mean subtracted"}
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (metric, title) in zip(axes, panels.items(), strict=True):
         _bars(ax, results, metric)
@@ -45,12 +45,12 @@ def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
     Three panels: training `loss`, training `velocity_similarity`, and `clip_similarity` of each evaluation.
 
     Raises:
-        DataError: the file is missing, holds a line that is not JSON, or has no line of training.
+        DataError: the file is missing, holds a line that is not JSON, or has no training metrics yet.
     """
     lines = read_metrics(metrics_path)
     train = [line for line in lines if line["kind"] == "train"]
     if not train:
-        raise DataError(f"{metrics_path} holds no line of kind train yet, so there is no curve to draw")
+        raise DataError(f"{metrics_path} holds no training metrics yet, so there is no curve to draw")
     figure = _figure(width=13.0, height=4.2)
     axes = figure.subplots(1, 3)
     for ax, name in zip(axes, ("loss", "velocity_similarity"), strict=False):
@@ -67,7 +67,7 @@ def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that is still being written is left out.
+    """The lines of a `metrics.jsonl`; an incomplete last line, which is still being written, is ignored.
 
     Raises:
         DataError: the file is missing, or a line is not a JSON object.
@@ -75,14 +75,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; a training run writes it in its folder") from None
+        raise DataError(f"{path} is missing; a training run writes it into its folder") from None
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError as error:
             if number == len(texts):
-                logger.warning("%s: line %d is cut off and left out", path, number)
+                logger.warning("%s: line %d is incomplete and ignored", path, number)
                 break
             raise DataError(f"{path}: line {number} is not JSON: {error}") from None
     return lines

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_ds.baselines import Baselines
 from blip3o_ds.config import EvalConfig, SamplerConfig
+from blip3o_ds.data.reading.batches import read_batches, spread_indices
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import Batch
 from blip3o_ds.errors import DataError
-from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.evaluation.metrics import METRICS, MetricAccumulator
-from blip3o_ds.evaluation.subset import read_batches, spread_indices
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import posterior_mean, sample
 from blip3o_ds.progress import Progress

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from blip3o_ds.baselines import Baselines
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, DataError
-from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.files import atomic_folder
 from blip3o_ds.flow.build import build_flow
 from blip3o_ds.flow.flow import Flow

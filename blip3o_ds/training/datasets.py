@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from blip3o_ds.baselines import Baselines, fit_baselines
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.bad_samples import BadSamples
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.evaluation.baselines import Baselines, fit_baselines
 from blip3o_ds.runs.folder import BASELINES, NORMALIZER
 
 logger = logging.getLogger(__name__)

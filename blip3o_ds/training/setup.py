@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from blip3o_ds.baselines import Baselines
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.bad_samples import BadSamples
@@ -21,7 +22,6 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.evaluation.baselines import Baselines
 from blip3o_ds.flow.build import build_flow
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.model.dit import DiT

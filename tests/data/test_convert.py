@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from blip3o_ds.data.format.manifest import Manifest
+from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import Batch
 from blip3o_ds.data.tools import convert as convert_module
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.errors import DataError
-from blip3o_ds.evaluation.subset import read_batches
 
 SAMPLES, EVA_DIM, CLIP_DIM = 5, 12, 6
 # The largest relative distance of a rounded value: half a unit in the last place.

@@ -18,6 +18,7 @@ from blip3o_ds.data.format.manifest import Manifest
 from blip3o_ds.data.format.schema import DatasetSpec, TensorSpec
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
@@ -27,7 +28,6 @@ from blip3o_ds.data.tools.repair import repair
 from blip3o_ds.data.tools.split import split
 from blip3o_ds.data.tools.verify import inspect, stats, verify
 from blip3o_ds.errors import DataError
-from blip3o_ds.evaluation.subset import read_batches
 
 SHAPES = {"eva": (5, 8), "clip": (5, 4), "text": (77, 32)}
 

@@ -121,7 +121,7 @@ def test_broken_picture_is_skipped_counted_and_named(
 def test_source_of_only_broken_pictures_is_an_error(write_folder, condition, target, tmp_path):
     folder = write_folder({"a.png": b"", "b.png": b"?"})
 
-    with pytest.raises(DataError, match=r"no picture could be used \(2 broken\)"):
+    with pytest.raises(DataError, match=r"no image could be used \(2 broken\)"):
         encode_images(all_records(folder), tmp_path / "set", condition, target)
 
 

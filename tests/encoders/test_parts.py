@@ -137,7 +137,7 @@ def test_other_settings_or_images_are_refused(tars, tmp_path, write_tar, make_pn
     extract(tars, tmp_path / "finished", **OPTIONS)
     for dst in (tmp_path / "begun", tmp_path / "finished"):
         before = contents(dst)
-        with pytest.raises(DataError, match="was begun with another spec"):
+        with pytest.raises(DataError, match="was started with another spec"):
             extract(tars, dst, **OPTIONS, dtype="fp32")
         assert contents(dst) == before
     write_tar("tars/00009.tar", {"0.png": make_png(0)})

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip3o_ds.baselines import fit_baselines
 from blip3o_ds.config import RunConfig, build_run_config
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.files import atomic_write_json, sha256_file
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.runs.checkpoint import SEAL, Checkpoint, seal_checkpoint

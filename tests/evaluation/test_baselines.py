@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from blip3o_ds.baselines import DEFAULT_PENALTY, PENALTY_GRID, Baselines, fit_baselines
 from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.reading.batches import spread_indices
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.baselines import DEFAULT_PENALTY, PENALTY_GRID, Baselines, fit_baselines
-from blip3o_ds.evaluation.subset import spread_indices
 from tests.evaluation.conftest import CLIP, EVA, TOKENS, linear_pairs
 
 RAW = Normalizer("minimal")

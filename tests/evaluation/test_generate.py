@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from blip3o_ds.baselines import fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
-from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.generate import generate
 from blip3o_ds.evaluation.report import evaluate
 from blip3o_ds.flow.flow import Flow

@@ -89,6 +89,6 @@ def test_a_missing_file_and_one_without_training_are_errors(metrics_file, tmp_pa
     with pytest.raises(DataError, match="is missing"):
         plot_training_curve(tmp_path / "none.jsonl", tmp_path / "a.png")
     metrics_file.write_text(metrics_file.read_text().replace('"train"', '"other"'))
-    with pytest.raises(DataError, match="no line of kind train"):
+    with pytest.raises(DataError, match="no training metrics"):
         plot_training_curve(metrics_file, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from blip3o_ds.baselines import fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.errors import Blip3oError
-from blip3o_ds.evaluation.baselines import fit_baselines
 from blip3o_ds.evaluation.metrics import METRIC_NAMES
 from blip3o_ds.evaluation.report import READINGS, EvalResult, evaluate, evaluation_noise, format_table
 from blip3o_ds.flow.flow import Flow

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.convert import convert
-from blip3o_ds.evaluation.subset import read_batches
 from blip3o_ds.training import evaluation
 from blip3o_ds.training.evaluation import overfit_verdict
 from tests.conftest import PROJECT, train_command, write_embeddings

@@ -1,6 +1,6 @@
-"""Which samples an evaluation or a fit looks at, and reading them in batches.
+"""Reads chosen samples in batches, for an evaluation or a fit.
 
-A part of a dataset is spread evenly over it, not its head: shards are often sorted by where the images came from.
+A subset is spread evenly over the dataset, since shards are often sorted by the source of the images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from blip3o_ds.data.reading.loader import Batch
 
 
 def spread_indices(total: int, max_samples: int | None) -> list[int]:
-    """`max_samples` indices spread evenly over `range(total)`, ascending; all of them where there are no more."""
+    """`max_samples` indices spread evenly over `range(total)`, ascending; all of them if there are no more."""
     if max_samples is None or max_samples >= total:
         return list(range(total))
     return [i * total // max_samples for i in range(max_samples)]

@@ -1,7 +1,7 @@
-"""What needs no training: the mean embedding, and per-token ridge regression from EVA to CLIP.
+"""Two baselines that need no training: the mean embedding, and per-token ridge regression from EVA to CLIP.
 
-Both are fitted in one pass over the training set, in float64, in the normalizer's network space; a model that does not
-beat the ridge has learnt nothing.
+Both are fitted in one pass over the training set, in float64, on normalised embeddings; a model that does not beat the
+ridge has learnt nothing beyond it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.data.normalization import Normalizer
+from blip3o_ds.data.reading.batches import read_batches, spread_indices
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, DataError
-from blip3o_ds.evaluation.subset import read_batches, spread_indices
 from blip3o_ds.files import atomic_write_bytes
 from blip3o_ds.progress import Progress
 
@@ -28,30 +28,30 @@ logger = logging.getLogger(__name__)
 
 HELDOUT_EVERY = 10  # every tenth sample chooses the penalty
 PENALTY_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-16, 7))  # relative to the mean eigenvalue
-DEFAULT_PENALTY = 1e-2  # where there are too few samples to hold any out
+DEFAULT_PENALTY = 1e-2  # if there are too few samples to hold any out
 FIT_BATCH = 8  # samples read and multiplied at once
-MAX_FIT_SAMPLES = 2048  # of 256 tokens: 128 tokens for each of 4096 channels; more would cost and change nothing
+MAX_FIT_SAMPLES = 2048  # of 256 tokens: 128 tokens per channel of 4096; more take time and change nothing
 _TENSORS = ("eva_mean", "clip_mean", "ridge_weight")
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """The two baselines, fp32; embeddings go in and come out in network space."""
+    """The two baselines, fp32, for normalised embeddings."""
 
-    eva_mean: Tensor  # [eva_dim]
-    clip_mean: Tensor  # [clip_dim]
-    ridge_weight: Tensor  # [clip_dim, eva_dim]
+    eva_mean: Tensor  # [De]
+    clip_mean: Tensor  # [Dc]
+    ridge_weight: Tensor  # [Dc, De]
     ridge_lambda: float  # the penalty on the per-token covariance
-    num_samples: int  # that it was fitted on, ...
-    dataset_samples: int  # ... of so many
-    heldout_r2: float | None  # share of variance explained on the held-out tenth; None where there was none
+    num_samples: int  # used for the fit
+    dataset_samples: int  # in the dataset
+    heldout_r2: float | None  # share of variance explained on the held-out tenth; None if nothing was held out
 
     def predict_mean(self, eva: Tensor) -> Tensor:
-        """The mean embedding for every token: [B, N, eva_dim] -> [B, N, clip_dim] in fp32."""
+        """The mean embedding for every token: [B, N, De] -> [B, N, Dc] in fp32."""
         return self.clip_mean.expand(*eva.shape[:-1], -1)
 
     def predict_ridge(self, eva: Tensor) -> Tensor:
-        """`(eva - eva_mean) @ ridge_weight.T + clip_mean`: [B, N, eva_dim] -> [B, N, clip_dim] in fp32."""
+        """`(eva - eva_mean) @ ridge_weight.T + clip_mean`: [B, N, De] -> [B, N, Dc] in fp32."""
         return (eva.float() - self.eva_mean) @ self.ridge_weight.T + self.clip_mean
 
     def to(self, device: torch.device | str) -> Baselines:
@@ -59,7 +59,7 @@ class Baselines:
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, the figures of the fit in its metadata."""
+        """Write one safetensors file, with the numbers of the fit in its metadata."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous().clone() for name in _TENSORS}
         facts = ("ridge_lambda", "num_samples", "dataset_samples", "heldout_r2")
         metadata = {name: json.dumps(getattr(self, name)) for name in facts}
@@ -92,10 +92,10 @@ def fit_baselines(
 ) -> Baselines:
     """Fit the mean and the ridge on the tokens of `dataset`, at most those of `max_samples` spread evenly over it.
 
-    The ridge (Hoerl & Kennard 1970) minimises the mean of |clip - prediction|^2 over tokens plus
-    lambda |weight|^2. Lambda is the one of `PENALTY_GRID`, times the mean eigenvalue of the tokens' covariance, that
-    explains most variance on every tenth sample, held out; the weights are then fitted again on all samples. One pass
-    of the data, and memory for three matrices [eva_dim, eva_dim] in float64.
+    The ridge (Hoerl & Kennard 1970) minimises the mean of |clip - prediction|^2 over tokens plus lambda |weight|^2.
+    Lambda is chosen from `PENALTY_GRID`, times the mean eigenvalue of the tokens' covariance, by the variance explained
+    on every tenth sample, which is held out; the weights are then fitted to all samples. This takes one pass over the
+    data, and memory for three matrices [De, De] in float64.
 
     Raises:
         DataError: the dataset is empty, or an embedding is not finite.
@@ -125,7 +125,7 @@ def fit_baselines(
 class _Moments:
     """Sums over tokens of x, y, x x^T, x y^T and y^2 in float64, around a fixed origin near the mean.
 
-    The origin keeps the subtraction of the mean from cancelling digits.
+    The origin avoids cancellation when the mean is subtracted.
     """
 
     def __init__(self, x_origin: Tensor, y_origin: Tensor) -> None:
@@ -137,7 +137,7 @@ class _Moments:
         self.yy = y_origin.new_zeros(())
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add tokens x [T, eva_dim] and y [T, clip_dim]."""
+        """Add tokens x [T, De] and y [T, Dc]."""
         x, y = x - self.x_origin, y - self.y_origin
         self.count += len(x)
         self.x += x.sum(dim=0)
@@ -175,20 +175,21 @@ class _Moments:
 def _collect_moments(
     dataset: EmbeddingDataset, normalizer: Normalizer, indices: list[int], device: torch.device | str
 ) -> tuple[_Moments, _Moments | None]:
+    """Those of the samples that are kept, and of the held-out ones if there are any."""
     heldout_indices = indices[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
     kept_indices = [index for n, index in enumerate(indices) if n % HELDOUT_EVERY != HELDOUT_EVERY - 1]
     progress = Progress("fitting the ridge baseline", len(indices))
-    done, groups, origin = 0, [], None
-    for group in (kept_indices, heldout_indices):
-        moments = None
+    done, origin = 0, None
+    groups: dict[str, _Moments] = {}
+    for name, group in (("kept", kept_indices), ("heldout", heldout_indices)):
         for x, y in _tokens(dataset, normalizer, group, device):
             origin = origin or (x.mean(dim=0), y.mean(dim=0))
-            moments = moments or _Moments(*origin)
-            moments.add(x, y)
+            if name not in groups:
+                groups[name] = _Moments(*origin)
+            groups[name].add(x, y)
             done = min(done + FIT_BATCH, len(indices))
             progress.at(done)
-        groups.append(moments)
-    return groups[0], groups[1]
+    return groups["kept"], groups.get("heldout")
 
 
 def _tokens(
@@ -199,7 +200,7 @@ def _tokens(
         x, y = (tensor.flatten(0, 1).to(device).double() for tensor in pair.values())
         if not (x.isfinite().all() and y.isfinite().all()):
             raise DataError(
-                f"samples {', '.join(batch.keys)}: an embedding among them holds NaN or infinity; "
+                f"samples {', '.join(batch.keys)}: one of their embeddings holds NaN or infinity; "
                 "blip3o-ds data verify DIR names it"
             )
         yield x, y
@@ -208,7 +209,7 @@ def _tokens(
 def _choose_penalty(kept: _Moments, heldout: _Moments) -> tuple[float, float]:
     """The relative penalty with the smallest held-out error, and its R2; no second pass over the data.
 
-    With the eigenvectors Q of the kept covariance, every penalty's solution is diagonal in Q, and its held-out error
+    In the eigenvectors Q of the kept covariance, the solution for every penalty is diagonal, and its held-out error
     follows from the held-out covariances: |y|^2 - 2 <W, C_xy> + <W, C_xx W>.
     """
     x_mean, y_mean = kept.x_mean, kept.y_mean
@@ -232,11 +233,11 @@ def _choose_penalty(kept: _Moments, heldout: _Moments) -> tuple[float, float]:
 
 
 def _solve_ridge(moments: _Moments, penalty: float) -> tuple[Tensor, float]:
-    """The weight [clip_dim, eva_dim], and the absolute lambda."""
+    """The weight [Dc, De], and the absolute lambda."""
     covariance, cross, _ = moments.covariances(moments.x_mean, moments.y_mean)
     scale = float(covariance.diagonal().mean())  # the mean eigenvalue
     if scale <= 0:
-        return torch.zeros_like(cross.T), 0.0  # all tokens are the same: there is nothing to regress on
+        return torch.zeros_like(cross.T), 0.0  # all tokens are equal: there is nothing to regress on
     ridge_lambda = penalty * scale
     covariance.diagonal().add_(ridge_lambda)
     factor = torch.linalg.cholesky(covariance)

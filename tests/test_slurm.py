@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from blip3o_ds.encoders.place import find_place
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.slurm import Place
+from blip3o_ds.slurm import Place, find_place
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}
 ARRAY = {"SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_MAX": "10", "SLURM_ARRAY_TASK_STEP": "2"}
