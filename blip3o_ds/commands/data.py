@@ -145,12 +145,12 @@ def run_repair(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_stats(args: argparse.Namespace) -> dict[str, Any]:
-    from blip3o_ds.data.tools.verify import stats
+    from blip3o_ds.data.tools.stats import stats
 
     return show(stats(args.dir))
 
 
 def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from blip3o_ds.data.tools.verify import inspect
+    from blip3o_ds.data.tools.stats import inspect
 
     return show(inspect(args.dir, args.key))

@@ -22,7 +22,8 @@ from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.data.tools.append import append
 from blip3o_ds.data.tools.split import split
-from blip3o_ds.data.tools.verify import inspect, stats, verify
+from blip3o_ds.data.tools.stats import inspect, stats
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 
 SPEC = DatasetSpec.pair(4, "patch_only", 8, 4, "bf16", "eva", "clip")

@@ -26,7 +26,8 @@ from blip3o_ds.data.tools.append import append
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.data.tools.repair import repair
 from blip3o_ds.data.tools.split import split
-from blip3o_ds.data.tools.verify import inspect, stats, verify
+from blip3o_ds.data.tools.stats import inspect, stats
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 
 SHAPES = {"eva": (5, 8), "clip": (5, 4), "text": (77, 32)}

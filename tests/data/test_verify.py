@@ -17,7 +17,8 @@ from blip3o_ds.data.format.schema import DatasetSpec, StorageDType
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.data.tools.verify import inspect, stats, verify
+from blip3o_ds.data.tools.stats import inspect, stats
+from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import sha256_file
 

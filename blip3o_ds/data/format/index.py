@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +21,9 @@ import safetensors.numpy
 
 from blip3o_ds.data.format.codec import stored_tensors
 from blip3o_ds.data.format.manifest import FORMAT_VERSIONS
-from blip3o_ds.data.format.moments import ChannelMoments
+from blip3o_ds.data.format.moments import ChannelMoments, merge_moments, no_moments
 from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.format.tar import Member
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write_bytes
 
@@ -117,6 +119,37 @@ class ShardIndex:
             raise DataError(f"{path}: damaged ({error}); write this shard again") from error
         _check(index, metadata.get("num_samples"), path)
         return index
+
+
+class IndexBuilder:
+    """Collects what an index says of a shard, sample by sample."""
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        self.keys: list[str] = []
+        self.offsets: dict[str, list[int]] = {name: [] for name in (*MEMBERS, *(t.name for t in stored_tensors(spec)))}
+        self.moments = no_moments(spec)  # of the samples whose moments are known
+        self._spec = spec
+
+    def add(self, member: Member, tensors: Mapping[str, int], moments: Mapping[str, ChannelMoments] | None) -> None:
+        """Add a sample and the offsets of `tensors` in its safetensors file; -1 stands for one that is missing."""
+        found = {
+            "tensors_offset": member.tensors_offset,
+            "tensors_size": len(member.tensors),
+            "meta_offset": member.meta_offset,
+            "meta_size": len(member.meta),
+            **{name: member.tensors_offset + offset for name, offset in tensors.items()},
+        }
+        self.keys.append(member.key)
+        for name, offsets in self.offsets.items():
+            offsets.append(found.get(name, -1))
+        if moments is not None:
+            self.moments = merge_moments(self.moments, moments)
+
+    def build(self, num_bytes: int, sha256: str) -> ShardIndex:
+        """The index of a tar of `num_bytes` with the checksum `sha256`."""
+        arrays = {name: np.array(offsets, dtype=np.int64) for name, offsets in self.offsets.items()}
+        members = {name: arrays.pop(name) for name in MEMBERS}
+        return ShardIndex(self._spec, self.keys, num_bytes, sha256, members, arrays, self.moments)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -16,15 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from blip3o_ds.data.format.codec import decode_all, encode, has_nonfinite, parse_header, stored_tensors, to_bytes
+from blip3o_ds.data.format.codec import decode_all, encode, has_nonfinite, parse_header, to_bytes
 from blip3o_ds.data.format.distortion import Distortion
-from blip3o_ds.data.format.index import ShardIndex, check_tar_size, index_path
+from blip3o_ds.data.format.index import IndexBuilder, ShardIndex, check_tar_size, index_path
 from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from blip3o_ds.data.format.moments import merge_moments, no_moments, sample_moments, stats_of_moments
 from blip3o_ds.data.format.schema import SCALE_SUFFIX, DatasetSpec
+from blip3o_ds.data.format.tar import Member
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import FileLock, HashingFile, atomic_write
 
@@ -200,16 +200,11 @@ class ShardWriter:
         self._distortions = distortions
         self._pending = atomic_write(path)
         self._tar = HashingFile(self._pending.__enter__())
-        self._keys: list[str] = []
-        self._members: dict[str, list[int]] = {
-            name: [] for name in ("tensors_offset", "tensors_size", "meta_offset", "meta_size")
-        }
-        self._tensors: dict[str, list[int]] = {tensor.name: [] for tensor in stored_tensors(spec)}
-        self._moments = no_moments(spec)
+        self._index = IndexBuilder(spec)
 
     @property
     def num_samples(self) -> int:
-        return len(self._keys)
+        return len(self._index.keys)
 
     def write(self, key: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Append a sample; nothing reaches the file unless all of it is valid."""
@@ -240,27 +235,16 @@ class ShardWriter:
         _, offsets = parse_header(content, self._spec, f"{self.path}: sample {key}")
         meta_content = _meta_bytes(key, meta)
 
-        start = self._member(f"{key}.safetensors", content, "tensors")
-        for name, offset in offsets.items():
-            self._tensors[name].append(start + offset)
-        self._member(f"{key}.json", meta_content, "meta")
-        self._keys.append(key)
-        self._moments = merge_moments(self._moments, moments)
+        tensors_offset = self._member(f"{key}.safetensors", content)
+        meta_offset = self._member(f"{key}.json", meta_content)
+        self._index.add(Member(key, content, tensors_offset, meta_content, meta_offset), offsets, moments)
 
     def finish(self) -> ShardIndex:
         """Close the tar, then write the index that makes it count."""
         self._tar.write(bytes(2 * tarfile.BLOCKSIZE))  # two blocks of zeros end a tar
         self._tar.write(bytes(-self._tar.num_bytes % tarfile.RECORDSIZE))
         self._pending.__exit__(None, None, None)
-        index = ShardIndex(
-            spec=self._spec,
-            keys=self._keys,
-            num_bytes=self._tar.num_bytes,
-            sha256=self._tar.sha256,
-            members={name: np.array(values, dtype=np.int64) for name, values in self._members.items()},
-            tensors={name: np.array(values, dtype=np.int64) for name, values in self._tensors.items()},
-            moments=self._moments,
-        )
+        index = self._index.build(self._tar.num_bytes, self._tar.sha256)
         try:
             index.save(index_path(self.path))
         except BaseException:
@@ -287,7 +271,8 @@ class ShardWriter:
         stored, scale = encode(values, self._spec.tensors[name].dtype)
         return {name: stored} if scale is None else {name: stored, name + SCALE_SUFFIX: scale}
 
-    def _member(self, name: str, content: bytes, kind: str) -> int:
+    def _member(self, name: str, content: bytes) -> int:
+        """Write a file into the tar; returns where its content starts."""
         info = tarfile.TarInfo(name)
         info.size = len(content)
         info.mode = 0o644
@@ -295,8 +280,6 @@ class ShardWriter:
         start = self._tar.num_bytes
         self._tar.write(content)
         self._tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))
-        self._members[f"{kind}_offset"].append(start)
-        self._members[f"{kind}_size"].append(len(content))
         return start
 
 

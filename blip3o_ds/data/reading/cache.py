@@ -40,11 +40,15 @@ class CacheFull(DataError):
 
 
 class ShardLease:
-    """A shard in the cache that is not evicted until `close`, or until nobody refers to this."""
+    """A shard on this machine; one in the cache is not evicted until `close`, or until nobody refers to this."""
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
+    def __init__(self, path: Path, lock: FileLock | None = None) -> None:
         self.path = path
-        self.close = lock.release
+        self._lock = lock
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
 
 class ShardCache:

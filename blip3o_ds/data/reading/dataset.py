@@ -20,9 +20,9 @@ from blip3o_ds.data.format.codec import decode_all
 from blip3o_ds.data.format.manifest import MANIFEST_NAME, ShardInfo
 from blip3o_ds.data.format.schema import TokenLayout
 from blip3o_ds.data.reading.bad_samples import SLOW_READ_SECONDS, BadSamples, Replacements
-from blip3o_ds.data.reading.cache import CacheFull
+from blip3o_ds.data.reading.cache import CacheFull, ShardLease
 from blip3o_ds.data.reading.shard import Sample, ShardReader
-from blip3o_ds.data.reading.source import ShardFile, load_manifest, open_source, shards_location
+from blip3o_ds.data.reading.source import ShardFiles, load_manifest, shards_location
 from blip3o_ds.errors import DataError
 
 _OPEN_SHARDS = 64  # a window of the order is 16 shards; the next one opens while this one is still in use
@@ -33,7 +33,7 @@ _CACHE_WAIT_SECONDS = 60.0  # for other processes of the node to let go of shard
 class _OpenShard:
     reader: ShardReader
     rows: np.ndarray | None  # of a split: its samples' places in the shard
-    file: ShardFile  # keeps a cached shard from being evicted
+    lease: ShardLease  # keeps a cached shard from being evicted
 
     def row(self, index: int) -> int:
         return index if self.rows is None else int(self.rows[index])
@@ -67,7 +67,7 @@ class EmbeddingDataset:
                 raise DataError(f"{name} must be at least 1, found {limit}")
         self.location = str(location)
         self.manifest = load_manifest(location)
-        self._source = open_source(shards_location(location, self.manifest), cache_dir, cache_gb)
+        self._source = ShardFiles(shards_location(location, self.manifest), cache_dir, cache_gb)
         self.spec = self.manifest.spec.viewed_as(token_layout)
         shards = self.manifest.shards[:max_shards]
         self.shard_sizes = _truncated([shard.num_samples for shard in shards], max_samples)
@@ -210,7 +210,7 @@ class EmbeddingDataset:
             )
         return _OpenShard(reader, rows, file)
 
-    def _fetch(self, info: ShardInfo) -> ShardFile:
+    def _fetch(self, info: ShardInfo) -> ShardLease:
         try:
             return self._source.open(info)
         except CacheFull:

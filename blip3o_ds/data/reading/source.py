@@ -1,6 +1,6 @@
-"""Where a dataset's files are: a folder, a URL read through the node's cache, or a split of either.
+"""Where a dataset's files are: in a folder, behind a URL and read through the node's cache, or in a split's parent.
 
-A shard is asked for by its entry in the manifest and comes back as a path on this machine.
+A shard is requested by its entry in the manifest and returned as a path on this machine.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from blip3o_ds.data.reading.cache import ShardCache, ShardLease
@@ -18,69 +16,37 @@ from blip3o_ds.data.reading.remote import RemoteFolder, is_remote
 from blip3o_ds.errors import DataError
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """A tar on this machine; while `lease` is held, the cache keeps it."""
+class ShardFiles:
+    """The shards in a folder or at a URL, as files of this machine.
 
-    path: Path
-    lease: ShardLease | None = None
+    Those of a URL are kept in at most `cache_gb` GiB of `cache_dir` (see `ShardCache`).
+    """
 
+    def __init__(self, location: str | Path, cache_dir: str | Path | None = None, cache_gb: float = 100.0) -> None:
+        self._folder = Path(location)
+        self._remote: RemoteFolder | None = None
+        if is_remote(location):
+            self._remote = RemoteFolder(str(location))
+            self._cache = ShardCache(cache_dir, cache_gb)
 
-class Source(Protocol):
-    """The shards of one dataset."""
-
-    def open(self, info: ShardInfo, wait_seconds: float = 0) -> ShardFile:
-        """The shard as a local file with its index beside it, fetched first where it is far away.
+    def open(self, info: ShardInfo, wait_seconds: float = 0) -> ShardLease:
+        """The shard as a local file with its index beside it, fetched first if it is behind a URL.
 
         Raises CacheFull when `wait_seconds` pass and the cache still has no room for it.
         """
+        if self._remote is None:
+            return ShardLease(self._folder / info.name)
+        return self._cache.get(self._remote, info, wait_seconds=wait_seconds)
 
     def keep(self, infos: Sequence[ShardInfo]) -> None:
-        """These shards are read now and next: fetch and hold them in the background, let go of all others."""
+        """These shards are read now and next: fetch and hold them in the background, and release all others."""
+        if self._remote is not None:
+            self._cache.keep(self._remote, infos)
 
     def close(self) -> None:
-        """End the background work and let go of every shard that `keep` named."""
-
-
-class Folder:
-    """Shards in a folder of a file system; nothing has to be fetched."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def open(self, info: ShardInfo, wait_seconds: float = 0) -> ShardFile:
-        return ShardFile(self._path / info.name)
-
-    def keep(self, infos: Sequence[ShardInfo]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class CachedSource:
-    """Shards at a URL, each downloaded once on this node."""
-
-    def __init__(self, remote: RemoteFolder, cache: ShardCache) -> None:
-        self._remote = remote
-        self._cache = cache
-
-    def open(self, info: ShardInfo, wait_seconds: float = 0) -> ShardFile:
-        lease = self._cache.get(self._remote, info, wait_seconds=wait_seconds)
-        return ShardFile(lease.path, lease)
-
-    def keep(self, infos: Sequence[ShardInfo]) -> None:
-        self._cache.keep(self._remote, infos)
-
-    def close(self) -> None:
-        self._cache.close()
-
-
-def open_source(location: str | Path, cache_dir: str | Path | None = None, cache_gb: float = 100.0) -> Source:
-    """The shards in a folder or at a URL; a URL's are kept in at most `cache_gb` GiB of `cache_dir`."""
-    if is_remote(location):
-        return CachedSource(RemoteFolder(str(location)), ShardCache(cache_dir, cache_gb))
-    return Folder(Path(location))
+        """End the background work and release every shard that `keep` named."""
+        if self._remote is not None:
+            self._cache.close()
 
 
 def load_manifest(location: str | Path) -> Manifest:

@@ -1,4 +1,4 @@
-"""One shard looked at whole, by its tar and not by its index: what `verify` reports and `repair` acts on.
+"""Examining whole shards by their tars, not by their indexes: what `verify` reports and `repair` acts on.
 
 Every byte is read once, for the checksum, the samples and their statistics together.
 """
@@ -17,13 +17,13 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor
 
-from blip3o_ds.data.format.codec import check_values, decode_all, parse_header, stored_tensors
-from blip3o_ds.data.format.index import MEMBERS, ShardIndex, index_path
+from blip3o_ds.data.format.codec import check_values, decode_all, parse_header
+from blip3o_ds.data.format.index import IndexBuilder, ShardIndex, index_path
 from blip3o_ds.data.format.manifest import ChannelStats, Manifest, ShardInfo
 from blip3o_ds.data.format.moments import ChannelMoments, merge_moments, no_moments, sample_moments
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.tar import Member, TarWalk
-from blip3o_ds.data.reading.source import Source
+from blip3o_ds.data.reading.source import ShardFiles
 from blip3o_ds.errors import DataError
 from blip3o_ds.progress import Progress
 
@@ -38,38 +38,27 @@ class ShardReport:
     spec: DatasetSpec
     num_bytes: int = 0
     sha256: str = ""
-    keys: list[str] = field(default_factory=list)  # of all samples in the tar, in order
-    selected: int = 0  # of them, the samples that the manifest selects
+    selected: int = 0  # samples in the tar that the manifest selects
     damage: list[str] = field(default_factory=list)  # of the tar as a whole
     bad: dict[int, str] = field(default_factory=dict)  # by the sample's number, what is wrong with it
-    is_broken: bool = False  # the walk through the tar ended before its end
-    index: ShardIndex | None = None
+    is_broken: bool = False  # the tar cannot be read to its end
+    index: ShardIndex | None = None  # as it is on disk
     index_agrees: bool = False  # it says of every sample what the tar does
     index_problems: list[str] = field(default_factory=list)
-    moments: dict[str, ChannelMoments] = field(init=False)  # of the sound samples
+    found: IndexBuilder = field(init=False)  # of all samples in the tar, with the moments of the sound ones
     selected_moments: dict[str, ChannelMoments] = field(init=False)
-    offsets: dict[str, list[int]] = field(init=False)  # as an index has them
 
     def __post_init__(self) -> None:
-        self.moments, self.selected_moments = no_moments(self.spec), no_moments(self.spec)
-        self.offsets = {name: [] for name in (*MEMBERS, *(tensor.name for tensor in stored_tensors(self.spec)))}
+        self.found = IndexBuilder(self.spec)
+        self.selected_moments = no_moments(self.spec)
+
+    @property
+    def keys(self) -> list[str]:
+        return self.found.keys
 
     @property
     def problems(self) -> list[str]:
         return [*self.damage, *self.bad.values(), *self.index_problems]
-
-    def own_index(self) -> ShardIndex:
-        """The index of this tar, made from it; only for a tar without bad samples."""
-        arrays = {name: np.array(values, dtype=np.int64) for name, values in self.offsets.items()}
-        return ShardIndex(
-            spec=self.spec,
-            keys=self.keys,
-            num_bytes=self.num_bytes,
-            sha256=self.sha256,
-            members={name: arrays[name] for name in MEMBERS},
-            tensors={tensor.name: arrays[tensor.name] for tensor in stored_tensors(self.spec)},
-            moments=self.moments,
-        )
 
 
 def examine(path: Path, info: ShardInfo, manifest: Manifest) -> ShardReport:
@@ -102,18 +91,18 @@ def examine(path: Path, info: ShardInfo, manifest: Manifest) -> ShardReport:
     return report
 
 
-def examine_all(source: Source, manifest: Manifest, workers: int | None = None) -> Iterator[ShardReport]:
+def examine_all(files: ShardFiles, manifest: Manifest, workers: int | None = None) -> Iterator[ShardReport]:
     """The report of every shard, in the manifest's order; `workers` are read at a time, in threads.
 
-    Hashing and the arithmetic leave Python's lock to the others. A shard that cannot be fetched is reported as damaged.
+    Hashing and arithmetic release Python's global lock. A shard that cannot be fetched is reported as damaged.
     """
 
     def look_at(info: ShardInfo) -> ShardReport:
         try:
-            file = source.open(info)
+            lease = files.open(info)
         except DataError as error:  # of a URL
             return ShardReport(Path(info.name), manifest.spec, damage=[str(error)])
-        return examine(file.path, info, manifest)
+        return examine(lease.path, info, manifest)
 
     workers = min(_MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
     with ThreadPoolExecutor(workers) as pool:
@@ -169,37 +158,23 @@ def _walk(walk: TarWalk, manifest: Manifest, report: ShardReport) -> None:
     spec, selection = manifest.spec, manifest.selection
     first_header: bytes | None = None
     for number, member in enumerate(walk):
-        report.keys.append(member.key)
-        chosen = selection is None or selection.rows([member.key]).size > 0
-        report.selected += chosen
+        is_selected = selection is None or selection.rows([member.key]).size > 0
+        report.selected += is_selected
         where = f"{report.path}: sample {member.key!r}"
+        offsets: dict[str, int] = {}
+        moments = None
         try:
             tensors, _ = read_sample(member, spec, where)
-            length, relative = parse_header(member.tensors, spec, where)
+            length, offsets = parse_header(member.tensors, spec, where)
             first_header = first_header or member.tensors[:length]
             if member.tensors[:length] != first_header:
                 raise DataError(f"{where}: its safetensors header is not that of the shard's other samples")
+            moments = sample_moments(decode_all(tensors))
+            if is_selected:
+                report.selected_moments = merge_moments(report.selected_moments, moments)
         except DataError as error:
             report.bad[number] = str(error)
-            relative = {}
-        else:
-            of_sample = sample_moments(decode_all(tensors))
-            report.moments = merge_moments(report.moments, of_sample)
-            if chosen:
-                report.selected_moments = merge_moments(report.selected_moments, of_sample)
-        _note_offsets(report, member, relative)
-
-
-def _note_offsets(report: ShardReport, member: Member, relative: dict[str, int]) -> None:
-    found = {
-        "tensors_offset": member.tensors_offset,
-        "tensors_size": len(member.tensors),
-        "meta_offset": member.meta_offset,
-        "meta_size": len(member.meta),
-        **{name: member.tensors_offset + offset for name, offset in relative.items()},
-    }
-    for name, offsets in report.offsets.items():
-        offsets.append(found.get(name, -1))  # of a bad sample, unknown
+        report.found.add(member, {} if moments is None else offsets, moments)
 
 
 def _compare_with_index(report: ShardReport, index: ShardIndex) -> list[str]:
@@ -208,7 +183,7 @@ def _compare_with_index(report: ShardReport, index: ShardIndex) -> list[str]:
         return [f"{path}: its keys are not those of the tar; `blip3o-ds data repair` rebuilds it"]
     differs = np.zeros(len(report.keys), dtype=bool)
     for name, listed in {**index.members, **index.tensors}.items():
-        found = np.array(report.offsets[name])
+        found = np.array(report.found.offsets[name])
         differs |= (found >= 0) & (found != listed)
     for number in np.flatnonzero(differs).tolist():
         problems.append(
@@ -216,6 +191,6 @@ def _compare_with_index(report: ShardReport, index: ShardIndex) -> list[str]:
             "rebuilds it"
         )
     for name, stored in index.moments.items():
-        if report.moments[name].count == stored.count:
-            problems += compare_stats(f"{path}: statistics of {name}", stored.to_stats(), report.moments[name])
+        if report.found.moments[name].count == stored.count:
+            problems += compare_stats(f"{path}: statistics of {name}", stored.to_stats(), report.found.moments[name])
     return problems
