@@ -237,11 +237,7 @@ def _is_pair(tensors: Mapping[str, TensorSpec]) -> bool:
     if set(tensors) != {"eva", "clip"}:
         return False
     eva, clip = tensors["eva"], tensors["clip"]
-    return (
-        (eva.role, clip.role) == ("condition", "target")
-        and eva.dtype == clip.dtype
-        and eva.num_tokens is clip.num_tokens is None
-    )
+    return tensors == _pair(eva.dim, clip.dim, eva.dtype, eva.encoder, clip.encoder)
 
 
 def _check_positive(name: str, value: object) -> None:
