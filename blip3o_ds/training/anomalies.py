@@ -1,50 +1,101 @@
-"""When numbers go wrong: which samples were in a batch that gave no finite gradient, and losses out of the ordinary."""
+"""Losses and gradients that go wrong: a spike is reported, a step that is not finite is skipped or undone.
+
+Undoing is a return to the last checkpoint; the data then continues behind the samples that failed, since a step is a
+function of its samples and the same ones would fail again.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor
 
+from blip3o_ds.errors import TrainingError
+from blip3o_ds.runs.folder import BAD_BATCHES, CHECKPOINTS
+from blip3o_ds.training.checkpoint import load_checkpoint, newest_checkpoint
+from blip3o_ds.training.peers import gather
+from blip3o_ds.training.state import TrainState
+from blip3o_ds.training.telemetry import Progress
 
-def record_bad_batch(path: Path, step: int, keys: Sequence[str], losses: Sequence[Tensor]) -> None:
-    """Append a step that was skipped to the file `path`, as a line of JSON.
+if TYPE_CHECKING:
+    from blip3o_ds.training.setup import Run
 
-    Every rank must call it, with its samples' keys and its micro-batches' losses `[B]`. A line holds `step`, `keys`
-    (all samples of the step, over all ranks) and `not_finite` (those whose own loss is not; empty where only the
-    gradient is not).
+logger = logging.getLogger(__name__)
+
+
+def skip_or_roll_back(run: Run, keys: Sequence[str], losses: Sequence[Tensor]) -> bool:
+    """Record a step that was not applied; True if it was one too many in a row and the run rolled back.
+
+    Args:
+        keys: this rank's samples of the step.
+        losses: `[B]` for each of its micro-batches.
+
+    Raises:
+        TrainingError: there is no checkpoint, or the run has rolled back `train.max_rollbacks` times already.
+    """
+    state = run.state
+    state.skipped_in_a_row += 1
+    logger.warning("step %d skipped: the gradient is not finite (%d in a row)", state.step, state.skipped_in_a_row)
+    _record(run, keys, losses)
+    if state.skipped_in_a_row <= run.config.train.max_skipped_steps:
+        return False
+    _roll_back(run)
+    return True
+
+
+def _record(run: Run, keys: Sequence[str], losses: Sequence[Tensor]) -> None:
+    """Append a line to `bad_batches.jsonl`: `step`, `keys` (over all ranks), and `not_finite`.
+
+    `not_finite` are the samples whose own loss is not; there are none where only the gradient is not.
     """
     finite = [bool(value) for loss in losses for value in loss.isfinite().tolist()]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, list(zip(keys, finite, strict=True)))
-    samples = [sample for rank in gathered for sample in rank]
-    if dist.get_rank() == 0:
+    samples = [sample for rank in gather(list(zip(keys, finite, strict=True))) for sample in rank]
+    if run.rank == 0:
         not_finite = [key for key, is_finite in samples if not is_finite]
-        line = {"step": step, "keys": [key for key, _ in samples], "not_finite": not_finite}
-        with open(path, "a", encoding="utf-8") as file:
+        line = {"step": run.state.step, "keys": [key for key, _ in samples], "not_finite": not_finite}
+        with open(run.folder / BAD_BATCHES, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _roll_back(run: Run) -> None:
+    train, failed = run.config.train, run.state
+    run.saver.finish()
+    checkpoint = newest_checkpoint(run.folder / CHECKPOINTS)
+    if checkpoint is None or failed.rollbacks >= train.max_rollbacks:
+        saved = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written yet"
+        raise TrainingError(
+            f"step {failed.step}: loss or gradient is not finite, more than train.max_skipped_steps = "
+            f"{train.max_skipped_steps} steps in a row, after {failed.rollbacks} of train.max_rollbacks = "
+            f"{train.max_rollbacks} returns to a checkpoint; {saved}, the samples are in {run.folder / BAD_BATCHES}. "
+            "Lower train.learning_rate, or look for the cause with --debug_mode"
+        )
+    load_checkpoint(run.engine, checkpoint)
+    logger.warning("back to %s, with the samples after step %d's", checkpoint.path, failed.step)
+    run.state = TrainState.of(checkpoint)
+    run.state.rollbacks, run.state.skipped_in_a_row = failed.rollbacks + 1, 0
+    run.writer.rewind(run.state.step)
+    run.progress = Progress(run.state.total_steps, run.state.step)
+    run.meter.reset()
 
 
 class SpikeDetector:
     """How far a loss lies above the ones before it, in robust standard deviations.
 
-    The scale is 1.4826 times the median absolute deviation (that of a normal distribution), of the last `window`
-    losses; before half of them are there, nothing is out of the ordinary.
+    The deviation is 1.4826 times the median absolute one (as for a normal distribution) of the last `window` losses;
+    until half of them are there, the score is 0.
     """
 
     def __init__(self, window: int = 64, threshold: float = 6.0) -> None:
-        self._window = window
+        self._window, self._threshold = window, threshold
         self._losses: deque[float] = deque(maxlen=window)
-        self._threshold = threshold
 
     def score(self, loss: float) -> float:
-        """The robust z-score of `loss`, which from then on counts among the ones before."""
+        """The robust z-score of `loss`, which counts among the losses from then on."""
         score = 0.0
         if len(self._losses) >= self._window // 2:
             median = statistics.median(self._losses)

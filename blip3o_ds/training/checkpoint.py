@@ -27,6 +27,7 @@ from blip3o_ds.runs.checkpoint import Checkpoint, find_checkpoint, seal_checkpoi
 from blip3o_ds.training.elastic import load_elastic
 from blip3o_ds.training.ema import each_weight
 from blip3o_ds.training.engine import Engine
+from blip3o_ds.training.peers import gather, on_rank_zero
 from blip3o_ds.training.state import restore_rng_state, rng_state
 
 logger = logging.getLogger(__name__)
@@ -128,8 +129,7 @@ class CheckpointWriter:
     def _write(self, writers: Writers, temporary: Path, checkpoint: Checkpoint, pinned_step: int | None) -> None:
         """The thread: the same outcome on every rank, whichever failed."""
         try:
-            reports: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(reports, _write_files(temporary, writers), group=self._group)
+            reports = gather(_write_files(temporary, writers), self._group)
             outcome: list[Any] = [_complete(temporary, checkpoint, reports) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(outcome, group=self._group)
             self._outcome = outcome[0] or checkpoint
@@ -157,9 +157,7 @@ class CheckpointWriter:
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose files are whole, the same on every rank; every rank must call it."""
-    found: list[Any] = [find_checkpoint(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
+    return on_rank_zero(lambda: find_checkpoint(folder))
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -194,7 +192,7 @@ def _complete(temporary: Path, checkpoint: Checkpoint, reports: list[dict[str, A
     try:
         if failures:
             raise OSError("; ".join(failures))
-        files = {name: record for report in reports for name, record in report.items()}
+        files = {name: record for report in reports if isinstance(report, dict) for name, record in report.items()}
         for name, record in files.items():
             if (temporary / name).stat().st_size != record["bytes"]:  # as seen from here, on a shared file system
                 raise OSError(f"{temporary / name} does not have the {record['bytes']} bytes that were written")

@@ -1,6 +1,6 @@
 """What `--debug_mode` adds to the metrics: gradient norms by block and the loss by timestep.
 
-It gathers whole gradients before every step, which costs time and memory; it is for looking, not for long runs.
+It gathers whole gradients before every step, which costs time and memory; it is not meant for long runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NUM_BINS = 10
 
 
 class DebugProbe:
-    """Collects gradient norms by block (of the last step) and mean losses of ten timestep bins since the last line."""
+    """Collects gradient norms by block (of the last step) and mean losses by ten bins of t since the last line."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -24,7 +24,7 @@ class DebugProbe:
         self._bins = torch.zeros(2, NUM_BINS, dtype=torch.float64)  # sums, counts
 
     def add(self, result: FlowLoss, t: Tensor) -> None:
-        """Count the samples of a micro-batch into their timestep bins, but for losses that are not finite."""
+        """Add a micro-batch's losses to their bins, except those that are not finite."""
         mse = result.mse.detach().double().cpu()
         finite = mse.isfinite()
         index = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1).cpu()[finite]

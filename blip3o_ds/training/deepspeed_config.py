@@ -1,7 +1,7 @@
 """DeepSpeed's JSON settings, completed from ours.
 
-Some of DeepSpeed's defaults do not suit this project (bf16 accumulation, bucket sizes of gigabytes); they are set here.
-A JSON file that contradicts the run's own settings is refused.
+Some of DeepSpeed's defaults do not suit this project (bf16 accumulation, buckets of gigabytes) and are replaced here. A
+JSON file that contradicts the run's own settings is refused.
 """
 
 from __future__ import annotations
@@ -27,25 +27,23 @@ def resolve_deepspeed_config(
     if train.deepspeed_config:
         remedy = "train.deepspeed_config names a file of DeepSpeed settings; the shipped ones are in ds_configs/"
         settings = read_json(train.deepspeed_config, ConfigError, remedy)
+    source = train.deepspeed_config or "DeepSpeed settings"
     ours = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "train_batch_size": train.global_batch(world_size),
         "gradient_clipping": train.max_grad_norm,
-        "steps_per_print": 10**9,  # this project reports by itself
+        "steps_per_print": 10**9,  # this project logs by itself
         "zero_optimization": {},
     }
-    _fill(settings, ours, train.deepspeed_config or "DeepSpeed settings")
+    _fill(settings, ours, source)
     for section in ("optimizer", "scheduler"):
         if section in settings:
-            raise ConfigError(
-                f"{train.deepspeed_config}: {section} is set here, but the run's train.* settings decide it; remove it"
-            )
+            raise ConfigError(f"{source}: {section} is set here, but the run's train.* settings decide it; remove it")
     stage = zero_stage(settings)
     if stage == 0 and train.precision == "fp16":
         raise ConfigError("train.precision = fp16 accumulates gradients in fp16 at ZeRO stage 0; use stage 1, 2 or 3")
-    precision = _precision_settings(train.precision, stage)
-    _fill(settings, precision, train.deepspeed_config or "DeepSpeed settings")
+    _fill(settings, _precision_settings(train.precision, stage), source)
     if stage:
         # The defaults, 5e8 elements, would take gigabytes for a model of a few million parameters.
         bucket = min(num_parameters, MAX_BUCKET_ELEMENTS)
@@ -56,7 +54,7 @@ def resolve_deepspeed_config(
         if zero.get("zero_hpz_partition_size") == "auto":
             zero["zero_hpz_partition_size"] = ranks_per_node
     settings["zero_allow_untested_optimizer"] = True
-    # The optimizer is ours everywhere, so that the EMA rides on it; torch's fused AdamW is vectorised on CPU too.
+    # Our own optimizer everywhere, because it carries the EMA; torch's fused AdamW is vectorised on CPU too.
     settings["zero_force_ds_cpu_optimizer"] = False
     return settings
 
@@ -67,16 +65,12 @@ def zero_stage(settings: dict[str, Any]) -> int:
 
 
 def _precision_settings(precision: str, stage: int) -> dict[str, Any]:
-    fp32_accumulation = {"data_types": {"grad_accum_dtype": "fp32"}}
-    if stage == 0 or precision == "fp32":
-        # Stage 0 has no bf16 with fp32 accumulation: parameters stay fp32 and the forward runs under autocast.
-        return {"bf16": {"enabled": False}, "fp16": {"enabled": False}, **fp32_accumulation}
-    if precision == "bf16":
-        return {"bf16": {"enabled": True}, "fp16": {"enabled": False}, **fp32_accumulation}
+    # Stage 0 has no bf16 with fp32 accumulation: parameters stay fp32 and the forward runs under autocast.
+    bf16, fp16 = precision == "bf16" and stage > 0, precision == "fp16"
     return {
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": True, "initial_scale_power": 16},
-        **fp32_accumulation,
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": fp16, **({"initial_scale_power": 16} if fp16 else {})},
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
 
 

@@ -1,8 +1,8 @@
 """Loading a checkpoint on another number of ranks, or at another ZeRO stage, than the one that wrote it.
 
-DeepSpeed's universal checkpoint undoes its sharding of Adam's moments (they are the layout's business alone), but
-drops every other optimizer state and loads only into the stage it came from; so the setting is done here, parameter by
-parameter, through its safe_set functions, with weights and moving average from the checkpoint's safetensors.
+DeepSpeed's universal checkpoint undoes its sharding of Adam's moments, but drops every other optimizer state and loads
+only into the stage it came from. So states are set here, parameter by parameter, through DeepSpeed's safe_set
+functions, with weights and moving average from the checkpoint's safetensors.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from blip3o_ds.errors import CheckpointError
 from blip3o_ds.runs.checkpoint import Checkpoint
 from blip3o_ds.training.ema import STATE_KEY, link_states
 from blip3o_ds.training.engine import Engine
+from blip3o_ds.training.peers import on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +79,8 @@ def _set_counters(engine: Engine, counters: dict[str, Any], folder: Path) -> Non
 
 
 def _universal(folder: Path, work: Path) -> Moment:
-    """Convert on rank 0, and read what came out on every rank."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            _convert(folder, work / folder.name)
-        except Exception as error:  # whatever DeepSpeed raises, the other ranks must not wait for it
-            logger.exception("conversion of %s failed", folder)
-            problem[0] = f"{folder}: DeepSpeed could not convert it to a universal checkpoint: {error!r}"
-    dist.broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise CheckpointError(problem[0])
+    """Convert on rank 0, and read the result on every rank."""
+    on_rank_zero(lambda: _convert(folder, work / folder.name))
 
     def moment(name: str, key: str) -> Tensor:
         content = torch.load(work / folder.name / "zero" / name / f"{key}.pt", weights_only=True)
@@ -112,12 +104,17 @@ def _convert(folder: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(settings)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(settings)
+    except Exception as error:  # DeepSpeed raises anything
+        logger.exception("conversion of %s failed", folder)
+        message = f"{folder}: DeepSpeed could not convert it to a universal checkpoint: {error!r}"
+        raise CheckpointError(message) from None
 
 
 def _torch_moments(engine: Engine, counters: dict[str, Any]) -> Moment:
-    """Of a checkpoint without ZeRO: torch numbers the states in the order of the optimizer's groups."""
+    """Read a checkpoint without ZeRO, in which torch numbers the states in the order of the optimizer's groups."""
     numbers = {name: i for i, name in enumerate(engine.stepped_names)}
     state = counters["optimizer"]["state"]
     return lambda name, key: state[numbers[name]][key]
@@ -136,7 +133,8 @@ def _set_states(engine: Engine, folder: Path, moment: Moment, applied_steps: int
         for name, parameter in engine.module.named_parameters():
             _set(engine, parameter, None, weights.get_tensor(name))
             for key in keys if applied_steps else []:
-                _set(engine, parameter, key, averages.get_tensor(name) if key == STATE_KEY else moment(name, key))
+                average = averages.get_tensor(name) if averages and key == STATE_KEY else None
+                _set(engine, parameter, key, moment(name, key) if average is None else average)
         for name, buffer in engine.module.named_buffers():
             if name in weights.keys():  # noqa: SIM118 (not a dict)
                 buffer.copy_(weights.get_tensor(name))
@@ -144,7 +142,7 @@ def _set_states(engine: Engine, folder: Path, moment: Moment, applied_steps: int
 
 
 def _create_states(engine: Engine, keys: list[str], applied_steps: int) -> None:
-    """Room for the states, as the first step would make it, on the fp32 tensors that this rank steps."""
+    """Make room for the states, as the first step would, on the fp32 tensors that this rank steps."""
     base = engine.base_optimizer
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 takes them out of the groups
     stepped = flat or [tensor for group in base.param_groups for tensor in group["params"]]
@@ -157,7 +155,7 @@ def _create_states(engine: Engine, keys: list[str], applied_steps: int) -> None:
     link_states(engine.optimizer)
 
 
-def _set(engine: Engine, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
+def _set(engine: Engine, parameter: Any, key: str | None, value: Tensor) -> None:
     """Give this rank's part of a whole fp32 tensor to the master weight (key None) or to one of its states."""
     import deepspeed.utils as of
 

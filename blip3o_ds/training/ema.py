@@ -1,12 +1,13 @@
 """Exponential moving average of the weights, kept as one more state of the optimizer.
 
-Living beside Adam's moments it is fp32, follows the fp32 master weights, is sharded by ZeRO as they are, and is saved
-and restored by the same checkpoint; nothing else has to know of it.
+Beside Adam's moments it is fp32, follows the fp32 master weights, is sharded by ZeRO as they are, and is saved and
+restored with them; nothing else has to know about it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def gather_weights(module: nn.Module, optimizer: torch.optim.Optimizer, ema: boo
 
 
 def each_weight(module: nn.Module, optimizer: torch.optim.Optimizer, ema: bool) -> Iterator[tuple[str, Tensor]]:
-    """What `gather_weights` gathers, one by one and on the device; every rank must take them all."""
+    """The same one by one and on the device; every rank must take them all."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     link_states(optimizer)
@@ -66,8 +67,8 @@ def each_weight(module: nn.Module, optimizer: torch.optim.Optimizer, ema: bool) 
         yield name, module.get_buffer(name).detach().float()
 
 
-def link_states(optimizer: torch.optim.Optimizer) -> None:
-    """Let DeepSpeed's safe_get and safe_set functions find the optimizer's present states.
+def link_states(optimizer: Any) -> None:
+    """Let DeepSpeed's safe_get and safe_set functions find the optimizer's current states.
 
     ZeRO-1 and 2 link parameters to states once, when the first group has stepped and the others have no state yet, and
     keep the links after a load has replaced the states.

@@ -21,6 +21,7 @@ from blip3o_ds.errors import CheckpointError, ConfigError
 from blip3o_ds.training.deepspeed_config import resolve_deepspeed_config, zero_stage
 from blip3o_ds.training.ema import attach_ema
 from blip3o_ds.training.optim import build_optimizer, learning_rate_factor
+from blip3o_ds.training.peers import gather
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class Engine:
         from blip3o_ds.training.snapshot import SnapshotEngine  # imports deepspeed
 
         deepspeed_logger.setLevel("WARNING")
-        world_size = torch.distributed.get_world_size()
         self.device = device
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        settings = resolve_deepspeed_config(train, world_size, self.num_parameters, _count_ranks_of_this_node())
+        hosts = gather(socket.gethostname())
+        settings = resolve_deepspeed_config(
+            train, len(hosts), self.num_parameters, ranks_per_node=hosts.count(socket.gethostname())
+        )
         if device.type != "cuda" and settings.get("zero_optimization", {}).get("zero_quantized_weights"):
             raise ConfigError(
                 f"{train.deepspeed_config}: zero_quantized_weights needs CUDA, and this run is on the CPU"
@@ -165,13 +168,6 @@ class Engine:
     def base_optimizer(self) -> torch.optim.Optimizer:
         """Torch's optimizer, inside ZeRO's."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
-
-
-def _count_ranks_of_this_node() -> int:
-    """How many ranks run on this host; a collective."""
-    hosts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(hosts, socket.gethostname())
-    return hosts.count(socket.gethostname())
 
 
 def _set_collective_timeout(seconds: float) -> None:

@@ -9,12 +9,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from blip3o_ds.evaluation.report import EvalResult, evaluate, format_table
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.runs.pretrained import Pretrained
 from blip3o_ds.training.ema import gather_weights
+from blip3o_ds.training.peers import gather
 
 if TYPE_CHECKING:
     from blip3o_ds.training.setup import Run
@@ -39,7 +39,7 @@ def evaluate_splits(run: Run, max_samples: int | None) -> dict[str, EvalResult]:
     settings = config.eval.model_copy(update={"max_samples": max_samples})
     results = {}
     for split, dataset in run.splits.items():
-        results[split] = evaluate(pretrained, dataset, settings, dist.get_rank(), dist.get_world_size(), _gather)
+        results[split] = evaluate(pretrained, dataset, settings, dist.get_rank(), dist.get_world_size(), gather)
     return results
 
 
@@ -72,9 +72,3 @@ def overfit_verdict(result: EvalResult) -> dict[str, Any]:
         *(similarity["posterior_mean"], similarity["sampled"], OVERFIT_THRESHOLD, "passed" if passed else "FAILED"),
     )
     return {"threshold": OVERFIT_THRESHOLD, **similarity, "passed": passed}
-
-
-def _gather(payload: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    payloads: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(payloads, payload)
-    return payloads

@@ -86,7 +86,7 @@ def rendezvous(environment: Mapping[str, str], num_devices: int) -> dict[str, st
 
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list: `gpu[03-05,9],login1 -> gpu03`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)[0]
+    first = re.split(r",(?![^\[]*\])", node_list)[0]
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
 

@@ -80,7 +80,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 save_now |= is_best(run, results)
             if save_now:
                 run.state.loader = run.loader.state_dict()
-                run.saver.save(step, run.state.to_json(), pinned_step=run.state.best and run.state.best["step"])
+                run.saver.save(step, run.state.to_json(), run.state.best["step"] if run.state.best else None)
             meter.exclude_pause()
 
         return conclude(run, first_step, began, stopped_by)

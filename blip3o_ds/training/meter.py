@@ -1,6 +1,6 @@
-"""Training metrics between two log lines: kept on the device, reduced over ranks once, with time spent waiting.
+"""Training metrics between two log lines: kept on the device, reduced over ranks once, with the time spent waiting.
 
-Nothing here asks the device for a number before the log line is due.
+The device is not asked for a number before the log line is due.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AVERAGED = ("loss", "velocity_similarity", "prediction_norm", "target_norm", "cl
 
 
 class StepMeter:
-    """Averages the metrics of the steps since the last `reduce`."""
+    """Averages the metrics of the steps since the last `reduce`; with a `probe`, those of the debug mode too."""
 
     def __init__(
         self, config: RunConfig, loader: EmbeddingLoader, device: torch.device, probe: DebugProbe | None = None
@@ -32,13 +32,28 @@ class StepMeter:
         self._device = device
         self._probe = probe
         self._num_tokens = config.model.num_tokens
-        self._flops_per_sample = {  # MFU counts what the model needs, HFU what the hardware computes
+        self._flops_per_sample = {  # mfu counts what the model needs, hfu what the hardware computes
             "mfu": train_flops_per_sample(config.model),
             "hfu": train_flops_per_sample(config.model, config.train.activation_checkpointing),
         }
         self.peak_flops = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.last: dict[str, Any] | None = None
         self.reset()
+        self.exclude_pause()
+
+    def reset(self) -> None:
+        """Forget the steps since the last `reduce`."""
+        self._own_spans: list[tuple[Any, Any]] = []
+        self._sums = torch.zeros(len(AVERAGED), dtype=torch.float64, device=self._device)
+        self._pending = torch.zeros_like(self._sums)  # of the step under way
+        self._batches = self._pending_batches = self._samples = 0
+        self._seconds = 0.0
+        self._grad_norms: list[float] = []
+        self._learning_rate = 0.0
+        self._waited = self._loader.wait_seconds
+
+    def exclude_pause(self) -> None:
+        """Do not count the time since the step ended (saving, evaluation) as training."""
         self._mark = time.monotonic()
         self._own_start: Any = self._moment()
 
@@ -57,15 +72,13 @@ class StepMeter:
             self._probe.add(result, t)
 
     def before_update(self) -> None:
-        """Look at the gradients, in debug mode, after the last backward pass of a step."""
+        """In debug mode, read the gradients; after the last backward pass of a step."""
         if self._probe:
             self._probe.read_gradients()
 
     def finish_step(self, report: StepReport) -> None:
-        """Close a step; the metrics of one that was skipped are left out, for they are not finite."""
-        now = time.monotonic()
-        self._seconds += now - self._mark
-        self._mark = now
+        """Close a step; the metrics of one that was skipped are left out, because they are not finite."""
+        self._seconds += time.monotonic() - self._mark
         if report.applied:
             self._sums += self._pending
             self._batches += self._pending_batches
@@ -73,14 +86,9 @@ class StepMeter:
             self._learning_rate = report.learning_rate
         self._pending.zero_()
         self._pending_batches = 0
-        self._own_start = self._moment()
+        self.exclude_pause()
 
-    def exclude_pause(self) -> None:
-        """Do not count the time since the step ended (saving, evaluation) as training."""
-        self._mark = time.monotonic()
-        self._own_start = self._moment()
-
-    def reduce(self) -> dict[str, float] | None:
+    def reduce(self) -> dict[str, Any] | None:
         """The metrics since the last call, the same on every rank; None if every step of them was skipped."""
         if not self._batches:
             self.reset()
@@ -89,7 +97,7 @@ class StepMeter:
         totals = torch.cat([self._sums / self._batches, replaced])
         dist.all_reduce(totals)
         world_size = dist.get_world_size()
-        metrics = dict(zip(AVERAGED, (totals[:-1] / world_size).tolist(), strict=True))
+        metrics: dict[str, Any] = dict(zip(AVERAGED, (totals[:-1] / world_size).tolist(), strict=True))
         rate = self._samples * world_size / self._seconds
         metrics |= {
             "grad_norm": sum(self._grad_norms) / len(self._grad_norms),
@@ -98,14 +106,15 @@ class StepMeter:
             "tokens_per_second": rate * self._num_tokens,
             "data_wait_fraction": (self._loader.wait_seconds - self._waited) / self._seconds,
             "memory_gb": peak_memory_gb(self._device),
+            **self._spread(),
         }
-        metrics |= self._spread()
         if bad_samples := int(totals[-1]):
-            metrics["bad_samples"] = bad_samples  # reads of all ranks since the start that were given another sample
+            metrics["bad_samples"] = bad_samples  # replaced reads of all ranks since the start
         if self.peak_flops:
             for name, flops in self._flops_per_sample.items():
                 metrics[name] = rate * flops / (self.peak_flops * world_size)
-        metrics |= self._probe.reduce() if self._probe else {}
+        if self._probe:
+            metrics |= self._probe.reduce()
         self.last = metrics
         self.reset()
         return metrics
@@ -114,7 +123,7 @@ class StepMeter:
         """How far the slowest rank is behind: `own_time_max_over_median` over ranks, and which it is; a collective.
 
         Collectives make all ranks' steps equally long, so a rank's own time is what passes before the first of them:
-        waiting for data and the first forward pass of a step (under ZeRO-3 this has gathers in it, which blur it).
+        waiting for data and the first forward pass of a step (under ZeRO-3 its gathers blur this).
         """
         own = torch.tensor([sum(map(self._span_seconds, self._own_spans))], dtype=torch.float64, device=self._device)
         all_own = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
@@ -124,7 +133,7 @@ class StepMeter:
         return {"own_time_max_over_median": float(seconds[slowest] / seconds.median()), "slowest_rank": slowest}
 
     def _moment(self) -> float | torch.cuda.Event:
-        """Now, in this rank's stream of work: on a GPU the host runs ahead of it."""
+        """Now, on the device: the host runs ahead of a GPU."""
         if self._device.type != "cuda":
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
@@ -133,20 +142,7 @@ class StepMeter:
 
     def _span_seconds(self, span: tuple[Any, Any]) -> float:
         start, end = span
-        if self._device.type != "cuda":
-            return end - start
-        return start.elapsed_time(end) / 1000
-
-    def reset(self) -> None:
-        """Forget the steps since the last `reduce`."""
-        self._own_spans: list[tuple[Any, Any]] = []
-        self._sums = torch.zeros(len(AVERAGED), dtype=torch.float64, device=self._device)
-        self._pending = torch.zeros_like(self._sums)
-        self._batches = self._pending_batches = self._samples = 0
-        self._seconds = 0.0
-        self._grad_norms: list[float] = []
-        self._learning_rate = 0.0
-        self._waited = self._loader.wait_seconds
+        return start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,7 +1,7 @@
-"""Knowing that another rank is gone, which one, and not waiting for it without end.
+"""The other ranks: agreeing on an outcome, and knowing when one of them is gone instead of waiting for it forever.
 
 A dead rank shows only as a collective that fails or, with NCCL, never returns. So every rank writes a heartbeat into
-the store at the meeting point, and a thread on each reads those of all others.
+the store at the rendezvous, and a thread on each reads those of all others.
 """
 
 from __future__ import annotations
@@ -13,21 +13,46 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from blip3o_ds.errors import TrainingError
+from blip3o_ds.errors import Blip3oError, TrainingError
 
 logger = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 30.0  # a rank that is not heard of for so long is gone
+SILENCE_SECONDS = 30.0  # a rank that was not heard from for this long is gone
 LAST_WORDS_SECONDS = 10  # for the main thread to end by itself, once a peer is known to be gone
 FAILED = "failed: "
 
+T = TypeVar("T")
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's `value`, in rank order; a collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0; every rank returns its result, or raises its error so that none waits for another."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (Blip3oError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
 
 class PeerWatch:
-    """While its context lasts, a rank that ends or falls silent for `timeout` seconds ends this one too, named.
+    """While its context lasts, a rank that ends or falls silent for `timeout` seconds is named and ends this one too.
 
     An error of a collective within the context becomes a `TrainingError` that names the rank.
     """
@@ -63,12 +88,12 @@ class PeerWatch:
     ) -> None:
         if self._thread is None:
             return
-        if _of_a_collective(error):
+        if error is not None and _is_collective(error):
             self._suspecting = True
             known = self._found.wait(self._timeout)
             self._closing.set()
             problem = self._problem if known else "another rank is gone or cannot be reached; its own output names it"
-            raise TrainingError(f"{problem}; go on with --resume ({_one_line(error)})") from error
+            raise TrainingError(f"{problem}; continue with --resume ({_one_line(error)})") from error
         self._last_words = "" if error is None else f"{FAILED}{_one_line(error)}"
         self._closing.set()
         self._thread.join(LAST_WORDS_SECONDS)  # not longer: it may be stuck in a network that is cut
@@ -81,8 +106,8 @@ class PeerWatch:
             try:
                 self._store.set(_key(self._rank), str(beats))
                 values = self._store.multi_get([_key(rank) for rank in heard])
-            except RuntimeError as error:  # the store's errors are of this type
-                self._end(f"the meeting point on rank 0 ({os.environ['MASTER_ADDR']}) is gone: {_one_line(error)}")
+            except RuntimeError as error:  # the type of the store's errors
+                self._end(f"the rendezvous on rank 0 ({os.environ['MASTER_ADDR']}) is gone: {_one_line(error)}")
                 return
             now = time.monotonic()
             for rank, value in zip(list(heard), values, strict=True):
@@ -93,30 +118,30 @@ class PeerWatch:
                 if text != heard[rank][0]:
                     heard[rank] = text, now
                 elif (silence := now - heard[rank][1]) > (self._timeout / 2 if self._suspecting else self._timeout):
-                    self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard of for {silence:.0f} s")
+                    self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard from for {silence:.0f} s")
                     return
         if self._last_words:
-            with contextlib.suppress(RuntimeError):  # the store ends with rank 0; then nobody is left to be told
+            with contextlib.suppress(RuntimeError):  # the store ends with rank 0; then there is nobody left to tell
                 self._store.set(_key(self._rank), self._last_words)
 
     def _host(self, rank: int) -> str:
         return self._store.get(_key(rank, "host")).decode()
 
     def _end(self, problem: str) -> None:
-        """Let the main thread end with the name, or end the process under it if it is stuck in a collective."""
+        """Let the main thread end with the name, or end the process if that thread is stuck in a collective."""
         if self._closing.is_set():
             return
         self._problem = problem
         self._found.set()
         if self._closing.wait(LAST_WORDS_SECONDS):
             return
-        logger.error("%s; this rank waits for it in vain and ends; go on with --resume", problem)
+        logger.error("%s; this rank cannot continue without it and ends; continue with --resume", problem)
         for handler in logging.getLogger("blip3o_ds").handlers:
             handler.flush()
         os._exit(1)
 
 
-def _of_a_collective(error: BaseException | None) -> bool:
+def _is_collective(error: BaseException) -> bool:
     # NCCL's errors have a type; gloo raises plain RuntimeErrors that begin with the source file they come from.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
@@ -125,5 +150,5 @@ def _key(rank: int, what: str = "beat") -> str:
     return f"blip3o_ds/{what}/{rank}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else repr(error)

@@ -1,7 +1,7 @@
 """Stopping a run from outside: SIGUSR1 and SIGTERM end it after a step that all ranks agree on, saved and resumable.
 
-SIGUSR1 means "time is nearly up" (`#SBATCH --signal=USR1@120`): under SLURM the job is queued again. SIGTERM comes from
-who decides for himself what happens next (a preempting scheduler queues again, `scancel` does not).
+SIGUSR1 means "time is nearly up" (`#SBATCH --signal=USR1@120`): under SLURM the job is queued again. The sender of
+SIGTERM decides what happens next: a preempting scheduler queues the job again, `scancel` does not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopSignal:
-    """Remembers the signals of this process while its context lasts, and tells all ranks of them at the same step."""
+    """Remembers this process's signals while its context lasts, and tells all ranks about them at the same step."""
 
     def __init__(self) -> None:
         self._received = 0
@@ -61,7 +61,7 @@ class StopSignal:
 
 
 def requeue_or_explain(run_dir: Path, received: signal.Signals, environment: Mapping[str, str]) -> None:
-    """After the save, on rank 0: have SLURM queue the job again where it was SIGUSR1, or say how to resume."""
+    """On rank 0, after the save: have SLURM queue the job again if it was SIGUSR1, or say how to resume."""
     job = environment.get("SLURM_JOB_ID")
     if received == signal.SIGUSR1 and job is not None:
         try:
@@ -73,4 +73,4 @@ def requeue_or_explain(run_dir: Path, received: signal.Signals, environment: Map
         except subprocess.CalledProcessError as error:
             problem = (error.stderr or error.stdout).strip()
         logger.warning("`scontrol requeue %s` failed: %s", job, problem)
-    logger.info("to go on, start the same command with --resume %s", run_dir)
+    logger.info("to continue, start the same command with --resume %s", run_dir)

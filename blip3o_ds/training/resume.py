@@ -20,6 +20,7 @@ from blip3o_ds.config import SETTINGS, RunConfig, build_run_config
 from blip3o_ds.errors import CheckpointError, ConfigError
 from blip3o_ds.runs.folder import RUN_CONFIG, create_run, newest_run, read_run_config
 from blip3o_ds.settings import flatten
+from blip3o_ds.training.peers import on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -46,24 +47,15 @@ def resumed_config(given: RunConfig, resume: str) -> tuple[RunConfig, Path]:
     return config, folder
 
 
-def prepare_run_dir(config: RunConfig, resumed: Path | None, rank: int) -> Path:
+def prepare_run_dir(config: RunConfig, resumed: Path | None) -> Path:
     """The folder of the run that is resumed, or a new one in `train.output_dir`; every rank calls it.
 
     Raises:
         ConfigError: ranks see different runs as the newest.
     """
-    outcome: list[Any] = [resumed, None]
-    if rank == 0 and not resumed:
-        try:
-            outcome[0] = create_run(_output_dir(config), config, describe_environment())
-        except (ConfigError, OSError) as error:
-            outcome[1] = error  # raised on every rank, so that none waits for another
-    dist.broadcast_object_list(outcome)
-    folder, failure = outcome
-    if failure is not None:
-        raise failure
+    folder = on_rank_zero(lambda: resumed or create_run(_output_dir(config), config, describe_environment()))
     if resumed and resumed != folder:
-        raise ConfigError(f"rank {rank} finds {resumed} to resume, rank 0 {folder}; name the run: --resume {folder}")
+        raise ConfigError(f"rank {dist.get_rank()} finds {resumed} to resume, rank 0 {folder}; name the run: --resume {folder}")
     return folder
 
 

@@ -1,7 +1,7 @@
-"""DeepSpeed's files of a checkpoint: copied to host memory when it saves, written to disk whenever a thread gets to it.
+"""DeepSpeed's files of a checkpoint: copied to host memory when it saves, written to disk later by a thread.
 
-DeepSpeed gives what it stores to a "checkpoint engine"; ours only copies, so the step waits for memory and not for a
-disk. What it reads is unpickled with tensors, plain containers and the few classes named here admitted, and no code.
+DeepSpeed passes what it stores to a "checkpoint engine"; ours only copies, so a step waits for memory and not for the
+disk. Reading admits tensors, plain containers and the few classes named here, and runs no code from the file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SnapshotEngine(CheckpointEngine):
         return True
 
     def preserves_storage_sharing(self) -> bool:
-        return False  # every tensor is copied by itself
+        return False  # every tensor is copied separately
 
 
 def copy_to_host(value: Any) -> Any:
@@ -68,10 +68,10 @@ def copy_to_host(value: Any) -> Any:
 
 
 def write_verified(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, Any]:
-    """Write a file through `write`, sync it, read it back: its `bytes` and `sha256` as they left memory.
+    """Write a file through `write`, sync it, read it back; return its `bytes` and `sha256` as they left memory.
 
     Raises:
-        OSError: it cannot be written, or the disk gives back something else than it was given.
+        OSError: it cannot be written, or what is read back differs.
     """
     with open(path, "wb") as file:
         hashed = HashingFile(file)

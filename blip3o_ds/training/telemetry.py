@@ -1,6 +1,6 @@
-"""What a run says of itself: the log file and console, `metrics.jsonl`, TensorBoard, and the progress line.
+"""What a run reports: log file and console, `metrics.jsonl`, TensorBoard, and the progress line.
 
-Only rank 0 writes. After a resume the lines past the checkpoint's step are dropped, so that every step stands once.
+Only rank 0 writes. After a resume the lines past the checkpoint's step are dropped, so that every step appears once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from blip3o_ds import progress
 from blip3o_ds.files import atomic_write_bytes
@@ -22,7 +23,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def setup_logging(rank: int, log_file: Path | None = None) -> None:
-    """Send this project's log to stderr, and to `log_file` on rank 0; the other ranks report warnings alone."""
+    """Send this project's log to stderr, and to `log_file` on rank 0; the other ranks log only warnings."""
     root = logging.getLogger("blip3o_ds")
     root.handlers.clear()
     root.propagate = False
@@ -43,12 +44,12 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, rank: int, resumed_step: int = 0) -> None:
         self._run_dir = run_dir
-        self._file = None
+        self._file: TextIO | None = None
         if rank == 0:
             self._open(resumed_step)
 
     def rewind(self, step: int) -> None:
-        """Forget the lines of later steps, which will be taken again."""
+        """Drop the lines of later steps, which will be taken again."""
         if self._file is not None:
             self.close()
             self._open(step)
@@ -75,7 +76,7 @@ class MetricsWriter:
             self._file.close()
             self._board.close()
 
-    def _write(self, line: dict, prefix: str, step: int, metrics: Mapping[str, float]) -> None:
+    def _write(self, line: dict[str, Any], prefix: str, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:
             return
         self._file.write(json.dumps(line) + "\n")
@@ -84,7 +85,7 @@ class MetricsWriter:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Rewrite a `metrics.jsonl` without the lines of later steps, and without a last line that was cut off."""
+    """Rewrite a `metrics.jsonl` without the lines of later steps, and without a last line that was cut short."""
     if not path.exists():
         return
     kept = []
@@ -98,7 +99,7 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 
 class Progress:
-    """The line on the console: step, metrics, speed, and the time that is left."""
+    """The line on the console: step, metrics, speed, and the remaining time."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         self._total = total_steps

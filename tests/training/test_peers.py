@@ -36,4 +36,4 @@ def test_a_rank_that_hangs_is_not_waited_for(start_ranks):
     assert status == 1
     assert time.monotonic() - stopped_at < 60
     assert "rank 1" in ranks.log(0)
-    assert "is gone: not heard of for" in ranks.log(0)
+    assert "is gone: not heard from for" in ranks.log(0)

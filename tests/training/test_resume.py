@@ -32,7 +32,7 @@ def test_settings_that_are_not_as_they_were_written_are_a_clear_error(tmp_path, 
 
 def test_a_run_is_found_again_by_latest(one_rank, tmp_path):
     config = small_config(2, **{"train.output_dir": str(tmp_path)})
-    run_dir = prepare_run_dir(config, None, rank=0)
+    run_dir = prepare_run_dir(config, None)
 
     assert resumed_config(config, "latest") == (config, run_dir)
     assert json.loads((run_dir / "experiment_config.json").read_text())["world_size"] == 1
@@ -42,7 +42,7 @@ def test_a_run_is_found_again_by_latest(one_rank, tmp_path):
 def run_dir(one_rank, tmp_path):
     """A run that began with settings of its own."""
     given = {"train.output_dir": str(tmp_path), "train.seed": 7, "train.log_every": 3, "data.train_dir": "somewhere"}
-    return prepare_run_dir(small_config(2, **given), None, rank=0)
+    return prepare_run_dir(small_config(2, **given), None)
 
 
 def test_a_run_is_resumed_with_its_own_settings_and_what_is_given_on_top(run_dir):
