@@ -8,7 +8,7 @@ import pytest
 from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.training.deepspeed_config import resolve_deepspeed_config
-from blip3o_ds.training.optim import learning_rate_factor
+from blip3o_ds.training.optim import SCHEDULES, check_names, learning_rate_factor
 from tests.conftest import PROJECT
 
 SHIPPED = sorted((PROJECT / "ds_configs").glob("*.json"))
@@ -82,3 +82,18 @@ def test_the_learning_rate_warms_up_linearly_and_ends_a_cosine_at_its_floor():
     assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
     assert factors[110] == pytest.approx(0.1)
     assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_a_schedule_from_outside_is_one_function_and_one_table_line(monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "linear", lambda progress, floor: 1 - (1 - floor) * progress)
+    train = TrainConfig(schedule="linear", warmup_steps=10, min_lr_ratio=0.2)
+
+    check_names(train)
+
+    assert [learning_rate_factor(step, train, 110) for step in (0, 10, 60, 110)] == pytest.approx([1 / 11, 1, 0.6, 0.2])
+
+
+@pytest.mark.parametrize(("setting", "known"), [("schedule", "cosine"), ("optimizer", "adamw")])
+def test_an_unknown_schedule_or_optimizer_is_refused_with_the_list(setting, known):
+    with pytest.raises(ConfigError, match=rf"train\.{setting} = 'muon' is unknown.*{known}"):
+        check_names(TrainConfig(**{setting: "muon"}))
