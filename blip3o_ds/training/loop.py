@@ -16,9 +16,9 @@ import torch.distributed as dist
 from blip3o_ds.config import RunConfig
 from blip3o_ds.files import atomic_write_json
 from blip3o_ds.runs.folder import FINAL_SUMMARY, TRAINING_SUMMARY
+from blip3o_ds.training.anomalies import skip_or_roll_back
 from blip3o_ds.training.evaluation import evaluate_splits, is_best, overfit_verdict, record_evaluation
 from blip3o_ds.training.preemption import requeue_or_explain
-from blip3o_ds.training.recovery import skip_or_roll_back
 from blip3o_ds.training.setup import Run, setup
 from blip3o_ds.training.telemetry import format_duration
 
