@@ -21,6 +21,7 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.training import evaluation
 from blip3o_ds.training.evaluation import overfit_verdict
+from blip3o_ds.training.state import TrainState
 from tests.conftest import PROJECT, train_command, write_embeddings
 from tests.training.conftest import small_config
 
@@ -266,10 +267,11 @@ def test_resuming_on_data_of_another_size_is_refused_with_both_lengths(tmp_path,
 def test_an_evaluation_before_any_step_was_applied_takes_the_weights_as_they_are(trainee, monkeypatch, stage):
     config, learner = small_config(stage), trainee(stage)
     seen = []
-    monkeypatch.setattr(evaluation, "evaluate", lambda model, *_, **__: seen.append(model.state_dict()))
+    monkeypatch.setattr(evaluation, "evaluate", lambda pretrained, *_: seen.append(pretrained.model.state_dict()))
 
     parts = dict.fromkeys(("flow", "normalizer", "baselines"))
-    run = SimpleNamespace(config=config, engine=learner.engine, splits={"train": None}, **parts)
+    state = TrainState(total_steps=1)
+    run = SimpleNamespace(config=config, engine=learner.engine, splits={"train": None}, state=state, **parts)
     evaluation.evaluate_splits(run, None)
 
     expected = learner.weights()
