@@ -25,11 +25,8 @@ def resolve_deepspeed_config(
     """
     settings: dict[str, Any] = {"zero_optimization": {"stage": 2}}
     if train.deepspeed_config:
-    settings: dict[str, Any] = {"zero_optimization": {"stage": 2}}
-    if train.deepspeed_config:
         remedy = "train.deepspeed_config names a file of DeepSpeed settings; the shipped ones are in ds_configs/"
         settings = read_json(train.deepspeed_config, ConfigError, remedy)
-    source = train.deepspeed_config or "DeepSpeed settings"
     source = train.deepspeed_config or "DeepSpeed settings"
     ours = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
