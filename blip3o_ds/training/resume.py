@@ -55,7 +55,9 @@ def prepare_run_dir(config: RunConfig, resumed: Path | None) -> Path:
     """
     folder = on_rank_zero(lambda: resumed or create_run(_output_dir(config), config, describe_environment()))
     if resumed and resumed != folder:
-        raise ConfigError(f"rank {dist.get_rank()} finds {resumed} to resume, rank 0 {folder}; name the run: --resume {folder}")
+        raise ConfigError(
+            f"rank {dist.get_rank()} finds {resumed} to resume, rank 0 {folder}; name the run: --resume {folder}"
+        )
     return folder
 
 

@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import deepspeed.runtime.fp16.loss_scaler as loss_scaler
 import torch
@@ -75,7 +75,7 @@ def write_verified(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, An
     """
     with open(path, "wb") as file:
         hashed = HashingFile(file)
-        write(hashed)
+        write(cast(BinaryIO, hashed))  # as much of a file as writers need
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk below
