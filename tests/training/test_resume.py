@@ -16,7 +16,7 @@ from tests.training.conftest import small_config
     ("content", "problem"),
     [
         ('{"config": {', "is not JSON"),
-        ("[]", "expected a JSON object, found list"),
+        ("[]", "expected a JSON object, found 'list'"),
         ('{"world_size": 1}', "expected the run's settings under `config`, found None"),
         ('{"config": {"train": 3}, "world_size": 1}', "its settings are not valid here: train"),
         ('{"config": {}}', "expected the number of ranks under `world_size`, found None"),
