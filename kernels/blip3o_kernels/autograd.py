@@ -48,6 +48,12 @@ def differentiable(op: Any, save: Callable[..., None], gradients: Callable[..., 
     return call
 
 
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """A `save` that keeps all inputs: tensors, or None, as `ctx.saved_tensors`, the others as `ctx.constants`."""
+    ctx.save_for_backward(*[x for x in inputs if x is None or isinstance(x, Tensor)])
+    ctx.constants = [x for x in inputs if x is not None and not isinstance(x, Tensor)]
+
+
 def backward_op(name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Return what to call for `blip3o::name_backward`, an operation that is itself a gradient and has none."""
     op = custom_op(f"{name}_backward", launch, fake)

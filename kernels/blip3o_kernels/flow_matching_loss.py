@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like, save_inputs
 from blip3o_kernels.checks import check_device, check_floating, check_shape
 from blip3o_kernels.launch import RowRule, SumRule, as_rows, candidates_of, cdiv, launch_rows, too_wide
 from blip3o_kernels.numeric import rounded
@@ -150,10 +150,6 @@ def _fake_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return prediction.new_empty(B, dtype=torch.float32), prediction.new_empty(3, B, dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gradients(ctx: Any, d_mse: Tensor, d_diagnostics: Tensor) -> tuple[Tensor | None, Tensor | None]:
     prediction, target = ctx.saved_tensors
     wanted = ctx.needs_input_grad
@@ -163,7 +159,7 @@ def _gradients(ctx: Any, d_mse: Tensor, d_diagnostics: Tensor) -> tuple[Tensor |
     )
 
 
-_forward = differentiable(custom_op("flow_matching_loss", launch_forward, _fake_forward), _save, _gradients)
+_forward = differentiable(custom_op("flow_matching_loss", launch_forward, _fake_forward), save_inputs, _gradients)
 _backward = backward_op("flow_matching_loss", launch_backward, lambda d_mse, x, other: like(x)[0])
 
 

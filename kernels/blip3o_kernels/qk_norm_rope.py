@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like, save_inputs
 from blip3o_kernels.checks import check_device, check_floating, check_parameter
 from blip3o_kernels.launch import (
     RowRule,
@@ -31,13 +31,7 @@ from blip3o_kernels.workload import ModelShape, Workload, head_dim, qk_width
 
 
 def reference(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float = 1e-6,
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of every head of q and k (Henry et al. 2020), then rotary positions (Su et al. 2021).
 
@@ -248,13 +242,8 @@ def _table(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(dq, dk, *ctx.saved_tensors, ctx.eps), None, None, None
+    return *_backward(dq, dk, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
 _backward = backward_op(
@@ -265,7 +254,7 @@ OPERATION = Operation(
     "qk_norm_rope",
     reference,
     check,
-    differentiable(custom_op("qk_norm_rope", launch_forward, lambda q, k, *_: like(q, k)), _save, _gradients),
+    differentiable(custom_op("qk_norm_rope", launch_forward, lambda q, k, *_: like(q, k)), save_inputs, _gradients),
     launches,
     head_dim,
     candidates,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like, save_inputs
 from blip3o_kernels.checks import check_floating, check_parameter
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
@@ -229,18 +229,13 @@ def _fake_backward(
     return d_x, d_weight, weight.new_empty(0) if scale is None else scale.new_empty(scale.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale = ctx.saved_tensors
-    dx, d_weight, d_scale = _backward(dy, x, weight, scale, ctx.eps)
+    dx, d_weight, d_scale = _backward(dy, x, weight, scale, *ctx.constants)
     return dx, d_weight, None if scale is None else d_scale, None
 
 
-_forward = differentiable(custom_op("rms_norm", launch_forward, lambda x, *_: like(x)[0]), _save, _gradients)
+_forward = differentiable(custom_op("rms_norm", launch_forward, lambda x, *_: like(x)[0]), save_inputs, _gradients)
 _backward = backward_op("rms_norm", launch_backward, _fake_backward)
 
 OPERATION = Operation(

@@ -65,24 +65,15 @@ def reference(
     return new_residual, normalized(new_residual, eps, gain).to(residual.dtype)
 
 
-def check(
-    branch_out: Tensor,
-    residual: Tensor,
-    post_weight: Tensor,
-    gate: Tensor,
-    next_pre_weight: Tensor,
-    next_scale: Tensor,
-    eps: float,
-) -> str | None:
+def check(branch_out: Tensor, residual: Tensor, *parameters: Any) -> str | None:
     check_floating("branch_out", branch_out, dims=3)
     B, _, D = branch_out.shape
     check_shape("residual", residual, branch_out.shape)
     check_dtype("residual", residual, "branch_out", branch_out)
     check_device("residual", residual, "branch_out", branch_out)
-    check_parameter("post_weight", post_weight, (D,), "branch_out", branch_out)
-    check_parameter("gate", gate, (B, D), "branch_out", branch_out)
-    check_parameter("next_pre_weight", next_pre_weight, (D,), "branch_out", branch_out)
-    check_parameter("next_scale", next_scale, (B, D), "branch_out", branch_out)
+    names = ("post_weight", "gate", "next_pre_weight", "next_scale")
+    for name, parameter, shape in zip(names, parameters, ((D,), (B, D)) * 2, strict=False):  # eps comes last
+        check_parameter(name, parameter, shape, "branch_out", branch_out)
     return too_wide("branch_out", branch_out)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
+from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like, save_inputs
 from blip3o_kernels.checks import check_device, check_dtype, check_floating, check_shape
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
@@ -130,10 +130,6 @@ def launches(shape: ModelShape, dtype: torch.dtype) -> None:
     launch_backward(launch_forward(gate, up), gate, up)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = ctx.saved_tensors
     # The dimension counted from the front, as autograd concatenates: the compiler matches the two literally.
@@ -159,7 +155,7 @@ OPERATION = Operation(
     "swiglu",
     reference,
     check,
-    differentiable(custom_op("swiglu", launch_forward, lambda gate, up: like(gate)[0]), _save, _gradients),
+    differentiable(custom_op("swiglu", launch_forward, lambda gate, up: like(gate)[0]), save_inputs, _gradients),
     launches,
     _ffn_dim,
     candidates,
