@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip3o_ds.config import SETTINGS
 from blip3o_ds.errors import CheckpointError
 from blip3o_ds.evaluation.report import LEGEND, EvalResult, row_label, table_head, table_row
 from blip3o_ds.files import read_json
@@ -95,7 +96,8 @@ def _settings_table(settings: dict[str, dict[str, Any]], runs: list[str]) -> lis
 
 def _differences(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     names = sorted({name for found in settings.values() for name in found} - set(_PATHS))
-    values = {name: {run: found.get(name) for run, found in settings.items()} for name in names}
+    defaults = {name: SETTINGS[name].default for name in names if name in SETTINGS}  # of settings newer than a run
+    values = {name: {run: found.get(name, defaults.get(name)) for run, found in settings.items()} for name in names}
     return {
         name: row for name, row in values.items() if any(value != next(iter(row.values())) for value in row.values())
     }

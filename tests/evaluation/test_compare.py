@@ -74,6 +74,15 @@ def test_a_metric_that_an_older_run_does_not_have_is_a_dash(tmp_path):
     assert [line.split()[-2:] for line in lines if line.startswith("new: DiT")] == [["0.750", "0.750"]] * 2
 
 
+def test_a_setting_that_an_older_run_does_not_have_had_its_default(tmp_path):
+    old, new = finished_run(tmp_path / "old", 0.25), finished_run(tmp_path / "new", 0.75)
+    content = json.loads((old / "experiment_config.json").read_text())
+    del content["config"]["train"]["ema_decay"]
+    atomic_write_json(old / "experiment_config.json", content)
+
+    assert compare([old, new]).settings == {}
+
+
 def test_a_single_run_is_a_table_of_its_own(tmp_path):
     lines = format_comparison(compare([finished_run(tmp_path / "a", 0.25)])).splitlines()
 
