@@ -32,7 +32,6 @@ class ModelConfig(Section):
         "patch_only",
         "tokens of an image: its patches, or with cls_patch the CLS token before them",
         flag="--training_mode",
-        from_data=True,
     )
     hidden_size: int = setting(768, "width of the DiT", aliases=("dim", "width", "d_model"), ge=2)
     num_layers: int = setting(12, "DiT blocks", aliases=("layers", "depth"), ge=1)

@@ -185,5 +185,5 @@ def test_the_printed_configuration_is_a_file_with_the_same_settings(tmp_path):
     read = load_run_config(None, file)
 
     assert read == config
-    assert not read.model.model_fields_set & {"eva_dim", "clip_dim", "grid_size", "token_layout"}
+    assert not read.model.model_fields_set & {"eva_dim", "clip_dim", "grid_size"}
     assert all(setting.meaning in file.read_text() for setting in SETTINGS.values())
