@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv beside the project, with the right build of torch, and activates it.
-# prepare_environment EXTRAS installs the project with these extras; done before, it returns at once.
+# Sourced by other scripts: creates .venv in the project, with the right build of torch, and activates it.
+# prepare_environment EXTRAS installs the project with these extras, unless that is already done.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -17,7 +17,7 @@ missing_system_packages() {
     echo "${missing[@]}"
 }
 
-# What tests/cluster makes a cluster of: each program, and the package that has it.
+# The programs of which tests/cluster builds a cluster, with their packages.
 missing_cluster_packages() {
     local missing=() pair
     for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge ip:iproute2 sshd:openssh-server \
@@ -47,7 +47,7 @@ install_system_packages() {
     exit 1
 }
 
-# Without them the tests of tests/cluster skip, so a failure here is said and passed over.
+# Without them the tests in tests/cluster are skipped, so a failure here is only reported.
 install_cluster_packages() {
     local packages
     packages=$(missing_cluster_packages)
@@ -60,7 +60,7 @@ install_cluster_packages() {
 
 torch_requirement() { grep '^torch==' "$project/constraints.txt"; }
 
-# True if the torch that pip would install brings CUDA with it. Reads metadata alone, downloads no wheel.
+# True if the torch that pip would install depends on CUDA. Reads only metadata, downloads no wheel.
 default_torch_has_cuda() {
     pip install --dry-run --no-deps --ignore-installed --quiet --report - "$(torch_requirement)" | python -c '
 import json, sys
@@ -73,7 +73,7 @@ install_torch() {
     python -c 'import torch' 2>/dev/null && return
     if has_nvidia_gpu || ! default_torch_has_cuda; then
         pip install --quiet "$(torch_requirement)"
-    else # no NVIDIA driver: the CPU build, never gigabytes of CUDA
+    else # no NVIDIA driver: the CPU build, without gigabytes of CUDA
         pip install --quiet --index-url https://download.pytorch.org/whl/cpu "$(torch_requirement)"
     fi
 }

@@ -170,7 +170,7 @@ def test_wrong_settings_end_the_job_at_once_and_are_not_tried_again(slurm, data,
 
     assert slurm.wait(job) == "FAILED"
     assert "--set model.eva_dim=12" in slurm.log(job)
-    assert "not started again" in slurm.log(job)
+    assert "not requeued" in slurm.log(job)
     assert slurm.job(job)["ExitCode"] == "2:0"
 
 
