@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.evaluation.generate import generate
 from blip3o_ds.runs.folder import BASELINES, NORMALIZER
-from tests.conftest import write_embeddings
+from tests.conftest import PROJECT, write_embeddings
 
 MODEL = {"eva_dim": 12, "clip_dim": 8, "grid_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2,
          "num_kv_heads": 1, "ffn_dim": 24}  # fmt: skip
@@ -84,6 +85,19 @@ def test_evaluate_measures_what_sample_gives(pretrained, dataset):
     assert result.readings["sampled"]["mse"] == pytest.approx(float((generated - clip).square().mean()), rel=1e-5)
     assert (result.space, result.num_samples, result.sampler.steps) == ("raw", 10, 2)
     assert blip3o_ds.evaluate(pretrained, dataset, max_samples=4).num_samples == 4
+
+
+def test_the_example_of_the_readme_runs(pretrained, dataset, tmp_path, capsys):
+    [code] = re.findall(r"```python\n(import blip3o_ds.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    places = {"data/parts/eval": tmp_path / "data", "exported": tmp_path / "exported", "cuda": "cpu"}
+    for written, place in places.items():
+        assert f'"{written}"' in code
+        code = code.replace(f'"{written}"', f'"{place}"')
+
+    exec(code, {})
+
+    expected = blip3o_ds.evaluate(pretrained, dataset).readings["sampled"]["clip_similarity"]
+    assert float(capsys.readouterr().out) == pytest.approx(expected)
 
 
 def test_a_wrong_setting_of_the_sampler_is_named(pretrained, dataset):
