@@ -6,9 +6,10 @@ cd "$project"
 prepare_environment demo,extract,dev
 install_cluster_packages
 
-say "ruff"
+say "ruff, mypy"
 ruff format --check .
 ruff check .
+mypy
 
 say "tests"
 # One thread each: two workers share the cores, and sums do not depend on how many there are.
