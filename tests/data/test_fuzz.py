@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PROJECT
+from tests.data.fuzz_inputs import Reduce
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_damaged_and_hostile_files_end_in_success_or_in_a_clear_error(fuzz_data,
 def test_code_run_from_a_pickle_would_be_noticed(fuzz_data, tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz_data, "load_pickle", lambda path: pickle.loads(Path(path).read_bytes()))
     corpus = fuzz_data.make_corpus(tmp_path)
-    corpus.pickles = corpus.hostile = [pickle.dumps(fuzz_data._Reduce(print, "no attack")), *corpus.hostile[:6]]
+    corpus.pickles = corpus.hostile = [pickle.dumps(Reduce(print, "no attack")), *corpus.hostile[:6]]
     findings = fuzz_data.fuzz(0, range(60), corpus, lambda number: None)["findings"]
     assert any("os.system" in finding for finding in findings.values())
     assert not corpus.canary.exists()
