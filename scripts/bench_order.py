@@ -40,24 +40,22 @@ def benchmark_order(
     ones.
     """
     with tempfile.TemporaryDirectory() as folder:
-        manifest = _manifest(num_shards, samples_per_shard)
-        save_seconds, _ = _timed(lambda: manifest.save(folder))
+        _manifest(num_shards, samples_per_shard).save(folder)
         file_mib = (Path(folder) / MANIFEST_NAME).stat().st_size / _MIB
         open_seconds, dataset = _timed(lambda: EmbeddingDataset(folder))
         sizes = dataset.shard_sizes
         del dataset
-        open_mib, open_peak_mib, _ = _traced(lambda: EmbeddingDataset(folder))
+        open_mib, open_peak_mib = _traced(lambda: EmbeddingDataset(folder))
     order_seconds, order = _timed(lambda: GlobalOrder(sizes, 0, window_shards))
     first_seconds, _ = _timed(lambda: order.slice(0, step))
     middle = order.num_samples // 2
     steps_seconds, _ = _timed(lambda: _walk(order, middle, step))
     resume_seconds, _ = _timed(lambda: GlobalOrder(sizes, 0, window_shards).locate(7 * order.num_samples + middle))
-    order_mib, order_peak_mib, _ = _traced(lambda: _walked(sizes, window_shards, step))
+    order_mib, order_peak_mib = _traced(lambda: _walked(sizes, window_shards, step))
     return {
         "shards": num_shards,
         "samples": order.num_samples,
         "manifest_file_mib": file_mib,
-        "manifest_save_seconds": save_seconds,
         "dataset_open_seconds": open_seconds,
         "dataset_mib": open_mib,
         "dataset_open_peak_mib": open_peak_mib,
@@ -105,15 +103,14 @@ def _timed(run: Callable[[], _T]) -> tuple[float, _T]:
     return time.perf_counter() - started, result
 
 
-def _traced(run: Callable[[], _T]) -> tuple[float, float, _T]:
-    """MiB that the result holds, MiB at the most on the way, the result."""
+def _traced(run: Callable[[], Any]) -> tuple[float, float]:
+    """MiB that the result holds, and MiB at the most on the way."""
     tracemalloc.start()
-    try:
-        result = run()
-        held, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    return held / _MIB, peak / _MIB, result
+    result = run()
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del result
+    return held / _MIB, peak / _MIB
 
 
 if __name__ == "__main__":

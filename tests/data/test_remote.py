@@ -303,3 +303,20 @@ def test_other_schemes_go_through_fsspec(server, tmp_path):
         EmbeddingDataset("memory://remote/absent", cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match=r"nothing://host/manifest\.json: Protocol not known"):
         EmbeddingDataset("nothing://host", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "url", ["simplecache::https://host/set", "zip://set::s3://bucket/a.zip", "reference://::file:///x"]
+)
+def test_a_chain_of_file_systems_is_refused(url):
+    with pytest.raises(DataError, match="chained file systems"):
+        RemoteFolder(url)
+    RemoteFolder("http://[2001:db8::1]/set")
+
+
+def test_a_command_that_prints_too_much_is_an_error(server, tmp_path):
+    shard = Manifest.load(server.folder).shards[0]
+    remote = RemoteFolder(f"pipe:cat {server.folder}/{{name}} /dev/zero")
+    (tmp_path / "part").write_bytes(b"")
+    with pytest.raises(DataError, match=f"found more than the {shard.num_bytes} bytes .*attempt 6 of 6"):
+        remote.download(shard.name, tmp_path / "part", shard.num_bytes, shard.sha256)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ class ShardCache:
 
     def _make_room(self, wanted: int) -> int:
         """Remove shards that nobody uses, least recently used first, until `wanted` bytes remain; what does remain."""
-        entries = sorted(_entries(self._dir), key=lambda entry: entry.used_at)
+        entries = sorted(map(_entry, filter(Path.is_dir, self._dir.iterdir())), key=lambda entry: entry.used_at)
         total = sum(entry.num_bytes for entry in entries)
         for entry in entries:
             if total <= wanted:
@@ -149,20 +149,16 @@ class _Entry:
     used_at: float
 
 
-def _entries(cache_dir: Path) -> Iterator[_Entry]:
-    for folder in cache_dir.iterdir():
-        if not folder.is_dir():
-            continue
-        files, num_bytes, used_at = [], 0, 0.0
-        for path in folder.iterdir():
-            if path.name in _LOCKS:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # a download that just ended
+def _entry(folder: Path) -> _Entry:
+    files, num_bytes, used_at = [], 0, 0.0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a download that just ended
+            if path.name not in _LOCKS:
                 found = path.stat()
                 files.append(path)
                 num_bytes += found.st_size
                 used_at = max(used_at, found.st_mtime)
-        yield _Entry(folder, tuple(files), num_bytes, used_at)
+    return _Entry(folder, tuple(files), num_bytes, used_at)
 
 
 def _evict(entry: _Entry) -> bool:

@@ -23,7 +23,7 @@ _FIRST_KEYS = 10
 
 
 def stats(dataset_dir: str | Path) -> dict[str, Any]:
-    """Counts, sizes and statistics of a dataset, from its manifest alone.
+    """Counts, sizes and statistics of a dataset, from its manifest only.
 
     Per tensor: `mean` over channels, `std_min`, `std_median`, `std_max` over channels, and `rms_token_norm`, the root
     of the mean squared L2 norm of a token.
