@@ -117,6 +117,8 @@ class CheckpointWriter:
                 writers[f"{kind}.safetensors"] = _safetensors_saver(weights)
         for path, content in contents.items():
             writers[path.name] = _torch_saver(content)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the transfers to the host, of the weights too
         return writers
 
     def _gather(self, ema: bool) -> dict[str, Tensor]:
@@ -143,7 +145,7 @@ class CheckpointWriter:
 
     def _drop_old(self, saved_step: int, pinned_step: int | None) -> None:
         paths = {int(path.name[5:]): path for path in self._folder.glob("step_" + "[0-9]" * 8)}
-        abandoned = {step for step in paths if step > saved_step}  # damaged, or the run would have gone on from there
+        abandoned = {step for step in paths if step > saved_step}  # damaged, or the run would have continued from there
         old = sorted(paths.keys() - abandoned)[: -self._keep_last]
         kept = {step for step in old if step == pinned_step or (self._keep_every and step % self._keep_every == 0)}
         for step in sorted(abandoned.union(old) - kept):

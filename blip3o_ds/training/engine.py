@@ -141,7 +141,7 @@ class Engine:
         return False, grad_norm
 
     def snapshot(self, folder: Path) -> dict[Path, Any]:
-        """Copies in host memory of what DeepSpeed stores in a checkpoint `folder`, by file; a collective."""
+        """Copies of what DeepSpeed stores in a checkpoint `folder`, by file (see `copy_to_host`); a collective."""
         self._deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         return self._snapshots.take()
 

@@ -38,9 +38,7 @@ class SnapshotEngine(CheckpointEngine):
         self._snapshots[Path(path)] = copy_to_host(state_dict)
 
     def take(self) -> dict[Path, Any]:
-        """The copies since the last call, by the file that each belongs in; their transfers are complete."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        """The copies since the last call, by the file that each belongs in; transfers may still be under way."""
         taken, self._snapshots = self._snapshots, {}
         return taken
 

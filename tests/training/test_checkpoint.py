@@ -70,6 +70,27 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on_while_
     assert [learner.step(number) for number in range(1, 4)] == later
 
 
+def test_all_transfers_from_a_gpu_are_complete_before_the_thread_writes(trainee, tmp_path, monkeypatch):
+    from blip3o_ds.training import snapshot
+
+    learner = trainee(2)
+    learner.step(0)
+    writer = writer_of(learner, tmp_path)
+    events = []
+    for name in ("copy_to_host", "write_verified"):
+        original = getattr(snapshot, name)
+        monkeypatch.setattr(snapshot, name, lambda *args, n=name, f=original: events.append(n) or f(*args))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+
+    writer.save(1, {})
+    writer.finish()
+
+    last_copy = len(events) - 1 - events[::-1].index("copy_to_host")
+    assert "synchronize" in events[last_copy : events.index("write_verified")]
+
+
 def test_the_newest_are_kept_and_every_nth_and_the_best(trainee, tmp_path):
     learner = trainee(2)
     learner.step(0)
