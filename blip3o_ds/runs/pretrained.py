@@ -46,8 +46,7 @@ class Pretrained:
     def open_dataset(self, folder: str | Path) -> EmbeddingDataset:
         """The dataset in `folder` (or behind a URL), with the tokens that the model takes.
 
-        Raises:
-            DataError: it is not a dataset, or its dims are not the model's.
+        A `DataError` says that it is not a dataset, or that its dims are not the model's.
         """
         model, data = self.config.model, self.config.data
         dataset = EmbeddingDataset(
@@ -92,16 +91,14 @@ def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
         CheckpointError: the run has no such checkpoint.
         FileExistsError: `dst` already holds something.
     """
-    run = Path(run)
-    if not (run / RUN_CONFIG).is_file():
-        raise CheckpointError(f"{run} is not a run folder: {RUN_CONFIG} is missing")
     with atomic_folder(dst) as folder:
-        loaded = _load_run(run, step)
+        loaded = _load_run(Path(run), step)
+        config = loaded.config
         settings = {
-            "flow": loaded.config.flow.model_dump(mode="json"),
-            "normalization": loaded.config.data.normalization,
-            "eval": loaded.config.eval.model_dump(mode="json"),
-            "precision": loaded.config.train.precision,
+            "flow": config.flow.model_dump(mode="json"),
+            "normalization": config.data.normalization,
+            "eval": config.eval.model_dump(mode="json"),
+            "precision": config.train.precision,
             "step": loaded.step,
             "weights": loaded.weights,
         }
@@ -121,10 +118,8 @@ def _load_run(run: Path, step: int | None = None) -> Pretrained:
     try:
         model.load_state_dict(load_file(checkpoint.path / name))
     except RuntimeError as error:
-        problem = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{checkpoint.path / name} holds the weights of another model than {RUN_CONFIG} says: {problem}"
-        ) from None
+        problem = f"the weights of another model than {RUN_CONFIG} says: {' '.join(str(error).split())}"
+        raise CheckpointError(f"{checkpoint.path / name} holds {problem}") from None
     return _assemble(run, model, config, checkpoint.step, weights)
 
 
@@ -134,8 +129,7 @@ def _load_export(folder: Path) -> Pretrained:
     if absent:
         raise CheckpointError(f"{folder / CONFIG_NAME}: {', '.join(sorted(absent))} missing; export the model again")
     sections = {name: settings[name] for name in ("model", "flow", "eval")}
-    sections["data"] = {"normalization": settings["normalization"]}
-    sections["train"] = {"precision": settings["precision"]}
+    sections |= {"data": {"normalization": settings["normalization"]}, "train": {"precision": settings["precision"]}}
     config = parse_run_config(folder / CONFIG_NAME, sections)
     return _assemble(folder, DiT.from_pretrained(folder), config, settings["step"], settings["weights"])
 

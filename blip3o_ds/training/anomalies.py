@@ -16,27 +16,25 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from blip3o_ds.errors import TrainingError
+from blip3o_ds.progress import Progress
 from blip3o_ds.runs.folder import BAD_BATCHES, CHECKPOINTS
 from blip3o_ds.training.checkpoint import load_checkpoint, newest_checkpoint
 from blip3o_ds.training.peers import gather
 from blip3o_ds.training.state import TrainState
-from blip3o_ds.training.telemetry import Progress
 
 if TYPE_CHECKING:
     from blip3o_ds.training.setup import Run
 
 logger = logging.getLogger(__name__)
 
+SPIKE = 6.0  # robust standard deviations
+
 
 def skip_or_roll_back(run: Run, keys: Sequence[str], losses: Sequence[Tensor]) -> bool:
     """Record a step that was not applied; True if it was one too many in a row and the run rolled back.
 
-    Args:
-        keys: this rank's samples of the step.
-        losses: `[B]` for each of its micro-batches.
-
-    Raises:
-        TrainingError: there is no checkpoint, or the run has rolled back `train.max_rollbacks` times already.
+    `keys` are this rank's samples of the step, `losses` [B] those of each micro-batch. A `TrainingError` says that
+    there is no checkpoint, or that the run has rolled back `train.max_rollbacks` times already.
     """
     state = run.state
     state.skipped_in_a_row += 1
@@ -49,10 +47,7 @@ def skip_or_roll_back(run: Run, keys: Sequence[str], losses: Sequence[Tensor]) -
 
 
 def _record(run: Run, keys: Sequence[str], losses: Sequence[Tensor]) -> None:
-    """Append a line to `bad_batches.jsonl`: `step`, `keys` (over all ranks), and `not_finite`.
-
-    `not_finite` are the samples whose own loss is not; there are none where only the gradient is not.
-    """
+    """Append `step`, `keys` (of all ranks), and those whose own loss is `not_finite`, to `bad_batches.jsonl`."""
     finite = [bool(value) for loss in losses for value in loss.isfinite().tolist()]
     samples = [sample for rank in gather(list(zip(keys, finite, strict=True))) for sample in rank]
     if run.rank == 0:
@@ -79,7 +74,7 @@ def _roll_back(run: Run) -> None:
     run.state = TrainState.of(checkpoint)
     run.state.rollbacks, run.state.skipped_in_a_row = failed.rollbacks + 1, 0
     run.writer.rewind(run.state.step)
-    run.progress = Progress(run.state.total_steps, run.state.step)
+    run.progress = Progress("training", run.state.total_steps, "steps", run.state.step)
     run.meter.reset()
 
 
@@ -90,8 +85,8 @@ class SpikeDetector:
     until half of them are there, the score is 0.
     """
 
-    def __init__(self, window: int = 64, threshold: float = 6.0) -> None:
-        self._window, self._threshold = window, threshold
+    def __init__(self, window: int = 64) -> None:
+        self._window = window
         self._losses: deque[float] = deque(maxlen=window)
 
     def score(self, loss: float) -> float:
@@ -105,4 +100,4 @@ class SpikeDetector:
         return score
 
     def is_spike(self, score: float) -> bool:
-        return score > self._threshold
+        return score > SPIKE

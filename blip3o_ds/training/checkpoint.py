@@ -13,8 +13,9 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,14 +29,13 @@ from blip3o_ds.training.elastic import load_elastic
 from blip3o_ds.training.ema import each_weight
 from blip3o_ds.training.engine import Engine
 from blip3o_ds.training.peers import gather, on_rank_zero
-from blip3o_ds.training.state import restore_rng_state, rng_state
 
 logger = logging.getLogger(__name__)
 
 WRITING_TIMEOUT = datetime.timedelta(minutes=30)  # between the first rank that has written its files and the last
 CLOSING_SECONDS = 10
 
-Writers = dict[str, Callable[[BinaryIO], Any]]  # file name -> what writes it
+Writers = dict[str, Callable[[Any], Any]]  # file name -> what writes it
 
 
 class CheckpointWriter:
@@ -45,18 +45,12 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        folder: Path,
-        *,
-        with_ema: bool,
-        keep_last: int,
-        keep_every: int | None = None,
+        self, engine: Engine, folder: Path, *, with_ema: bool, keep_last: int, keep_every: int | None = None
     ) -> None:
         self.last: Checkpoint | None = None  # the newest that is complete
         self._engine = engine
         self._folder = folder
-        self._with_ema = with_ema
+        self._kinds = ("model", "ema") if with_ema else ("model",)
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._group = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT)  # the thread's own
@@ -106,27 +100,23 @@ class CheckpointWriter:
             self._thread.join(CLOSING_SECONDS)
 
     def _snapshot(self, folder: Path) -> Writers:
-        """Copies of all that this rank has to write."""
-        rank = dist.get_rank()
-        contents = self._engine.snapshot(folder)
-        writers: Writers = {f"rng_rank_{rank:05d}.pt": _torch_saver(rng_state())}
-        for kind in ("model", *(["ema"] if self._with_ema else [])):
-            ema = kind == "ema" and self._engine.has_stepped  # before the first step the average is the weights
-            weights = self._gather(ema)
-            if rank == 0:
-                writers[f"{kind}.safetensors"] = _safetensors_saver(weights)
-        for path, content in contents.items():
-            writers[path.name] = _torch_saver(content)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the transfers to the host, of the weights too
-        return writers
-
-    def _gather(self, ema: bool) -> dict[str, Tensor]:
+        """Copies of all that this rank has to write, complete in host memory."""
         from blip3o_ds.training.snapshot import copy_to_host
 
-        keep = dist.get_rank() == 0
-        weights = each_weight(self._engine.module, self._engine.optimizer, ema)
-        return {name: copy_to_host(weight) for name, weight in weights if keep}
+        rank, cuda = dist.get_rank(), torch.cuda.is_available()
+        contents = self._engine.snapshot(folder)
+        rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if cuda else {})}
+        writers: Writers = {f"rng_rank_{rank:05d}.pt": partial(torch.save, rng)}
+        for kind in self._kinds:
+            ema = kind == "ema" and self._engine.has_stepped  # before the first step the average is the weights
+            weights = each_weight(self._engine.module, self._engine.optimizer, ema)
+            copies = {name: copy_to_host(weight) for name, weight in weights if rank == 0}
+            if rank == 0:
+                writers[f"{kind}.safetensors"] = partial(_write_weights, copies)
+        writers |= {name: partial(torch.save, content) for name, content in contents.items()}
+        if cuda:
+            torch.cuda.synchronize()
+        return writers
 
     def _write(self, writers: Writers, temporary: Path, checkpoint: Checkpoint, pinned_step: int | None) -> None:
         """The thread: the same outcome on every rank, whichever failed."""
@@ -166,16 +156,17 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     """Restore the engine (weights, moments, EMA, schedule) and this rank's RNG state; every rank must call it.
 
     The checkpoint may be of another number of ranks or another ZeRO stage. Its files must have been verified.
-
-    Raises:
-        CheckpointError: DeepSpeed cannot load or convert it.
+    A `CheckpointError` says that DeepSpeed cannot load or convert it.
     """
     if (checkpoint.world_size, checkpoint.zero_stage) == (dist.get_world_size(), engine.zero_stage):
         engine.load(checkpoint.path)
     else:
         load_elastic(engine, checkpoint)
     writer = dist.get_rank() % checkpoint.world_size
-    restore_rng_state(torch.load(checkpoint.path / f"rng_rank_{writer:05d}.pt", weights_only=True))
+    rng = torch.load(checkpoint.path / f"rng_rank_{writer:05d}.pt", weights_only=True)
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
 
 
 def _write_files(folder: Path, writers: Writers) -> dict[str, Any] | str:
@@ -210,9 +201,5 @@ def _complete(temporary: Path, checkpoint: Checkpoint, reports: list[dict[str, A
     return None
 
 
-def _torch_saver(content: Any) -> Callable[[BinaryIO], Any]:
-    return lambda file: torch.save(content, file)
-
-
-def _safetensors_saver(weights: dict[str, Tensor]) -> Callable[[BinaryIO], Any]:
-    return lambda file: file.write(safetensors.torch.save(weights))
+def _write_weights(weights: dict[str, Tensor], file: Any) -> None:
+    file.write(safetensors.torch.save(weights))

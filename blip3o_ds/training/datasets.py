@@ -24,12 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_train_data(config: RunConfig, bad_samples: BadSamples) -> EmbeddingDataset:
-    """The training set as the run reads it.
-
-    Raises:
-        ConfigError: no folder is given, or the model's dims are not the data's; says what to set.
-        DataError: the folder is not a dataset.
-    """
+    """The training set as the run reads it; a `ConfigError` says what to set so that data and model fit."""
     folder, wanted = config.data.train_dir, config.train.overfit_test_size
     if folder is None:
         raise ConfigError("data.train_dir is not set; give --chunked_embeddings_dir DIR, a folder with a manifest.json")
@@ -61,40 +56,30 @@ def prepare_statistics(
     config: RunConfig, dataset: EmbeddingDataset, run_dir: Path, rank: int, device: torch.device
 ) -> tuple[Normalizer, Baselines]:
     """The normaliser and the baselines of the training set."""
-    baselines_file, normalizer_file = run_dir / BASELINES, run_dir / NORMALIZER
-    if rank == 0 and not baselines_file.exists():
+    if rank == 0 and not (run_dir / BASELINES).exists():
         normalizer = Normalizer.from_stats(config.data.normalization, dataset.manifest.stats)
-        normalizer.save(normalizer_file)
-        fit_baselines(dataset, normalizer, device=device).save(baselines_file)
+        normalizer.save(run_dir / NORMALIZER)
+        fit_baselines(dataset, normalizer, device=device).save(run_dir / BASELINES)
     dist.barrier()
-    return Normalizer.load(normalizer_file), Baselines.load(baselines_file)
+    return Normalizer.load(run_dir / NORMALIZER), Baselines.load(run_dir / BASELINES)
 
 
 def with_dims_of(config: RunConfig, dataset: EmbeddingDataset) -> RunConfig:
     """The settings with the dims of the model that were not given taken from the training set."""
-    found = dataset.spec.model_dims().items()
-    model = config.model.model_copy(update={name: v for name, v in found if not _is_given(config, name)})
+    found = {**dataset.spec.model_dims(), "token_layout": dataset.spec.token_layout}
+    given = config.model.model_fields_set
+    model = config.model.model_copy(update={name: v for name, v in found.items() if name not in given})
     return config.model_copy(update={"model": model})
 
 
 def _open(config: RunConfig, folder: str, bad_samples: BadSamples, **part: Any) -> EmbeddingDataset:
-    """A dataset in the token layout of the model; the dims of the model that were given must be those of the data."""
-    dataset = EmbeddingDataset(
-        folder,
-        token_layout=config.model.token_layout,
-        cache_dir=config.data.cache_dir,
-        cache_gb=config.data.cache_gb,
-        bad_samples=bad_samples,
-        **part,
-    )
-    found = dataset.spec.model_dims().items()
-    wrong = {k: v for k, v in found if _is_given(config, k) and getattr(config.model, k) != v}
+    """A dataset in the token layout of the model, checked against the dims of the model, as far as they are given."""
+    given = config.model.model_dump(include=config.model.model_fields_set)
+    cache = {"cache_dir": config.data.cache_dir, "cache_gb": config.data.cache_gb}
+    dataset = EmbeddingDataset(folder, token_layout=given.get("token_layout"), bad_samples=bad_samples, **cache, **part)
+    wrong = {k: v for k, v in dataset.spec.model_dims().items() if given.get(k, v) != v}
     if wrong:
-        stated = ", ".join(f"model.{k} = {getattr(config.model, k)} but the data has {v}" for k, v in wrong.items())
+        stated = ", ".join(f"model.{k} = {given[k]} but the data has {v}" for k, v in wrong.items())
         remedy = " ".join(f"--set model.{k}={v}" for k, v in wrong.items())
         raise ConfigError(f"{folder}: {stated}; for this data: {remedy}")
     return dataset
-
-
-def _is_given(config: RunConfig, name: str) -> bool:
-    return name in config.model.model_fields_set

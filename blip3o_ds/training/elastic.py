@@ -29,48 +29,32 @@ from blip3o_ds.training.peers import on_rank_zero
 
 logger = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-WORK_FOLDER = ".universal"  # beside the checkpoints, while a load lasts
-
 Moment = Callable[[str, str], Tensor]  # (parameter's name, exp_avg or exp_avg_sq) -> values in any shape
 
 
 def load_elastic(engine: Engine, checkpoint: Checkpoint) -> None:
     """Restore weights, Adam's moments, moving average, schedule and counters; every rank must call it.
 
-    Rank 0 converts into a folder beside the checkpoint, which is removed again.
-
-    Raises:
-        CheckpointError: DeepSpeed could not convert it, or it is of another model.
+    Rank 0 converts into a folder beside the checkpoint, which is removed again. A `CheckpointError` says that DeepSpeed
+    could not convert it.
     """
     logger.info(
         "%s was written by %d ranks at ZeRO stage %d; converting it for %d at stage %d",
-        checkpoint.path,
-        checkpoint.world_size,
-        checkpoint.zero_stage,
-        dist.get_world_size(),
-        engine.zero_stage,
+        *(checkpoint.path, checkpoint.world_size, checkpoint.zero_stage, dist.get_world_size(), engine.zero_stage),
     )
-    counters = _load_counters(engine, checkpoint.path)
-    work = checkpoint.path.parent / WORK_FOLDER
+    folder = checkpoint.path
+    # What DeepSpeed keeps beside the weights: schedule, step counts and, at stage 0, torch's optimizer state.
+    counters = engine.read(sorted(folder.glob("*mp_rank_00_model_states.pt"))[0])
+    work = folder.parent / ".universal"
     try:
-        moment = _torch_moments(engine, counters) if checkpoint.zero_stage == 0 else _universal(checkpoint.path, work)
-        applied_steps = counters["global_steps"] - counters["skipped_steps"]
-        _set_states(engine, checkpoint.path, moment, applied_steps)
+        moment = (
+            _torch_moments(engine, counters) if checkpoint.zero_stage == 0 else _universal(folder, work / folder.name)
+        )
+        _set_states(engine, folder, moment, counters["global_steps"] - counters["skipped_steps"])
     finally:
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
-    _set_counters(engine, counters, checkpoint.path)
-
-
-def _load_counters(engine: Engine, folder: Path) -> dict[str, Any]:
-    """What DeepSpeed keeps beside the weights: schedule, step counts and, at stage 0, torch's optimizer state."""
-    file = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
-    return engine.read(file)
-
-
-def _set_counters(engine: Engine, counters: dict[str, Any], folder: Path) -> None:
     engine.restore_counters(counters)
     shards = sorted(folder.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
     if shards and hasattr(engine.optimizer, "loss_scaler"):
@@ -78,12 +62,12 @@ def _set_counters(engine: Engine, counters: dict[str, Any], folder: Path) -> Non
         engine.optimizer.loss_scaler = state.get("loss_scaler", engine.optimizer.loss_scaler)
 
 
-def _universal(folder: Path, work: Path) -> Moment:
-    """Convert on rank 0, and read the result on every rank."""
-    on_rank_zero(lambda: _convert(folder, work / folder.name))
+def _universal(folder: Path, target: Path) -> Moment:
+    """Convert into the folder `target` on rank 0, and read the result on every rank."""
+    on_rank_zero(lambda: _convert(folder, target))
 
     def moment(name: str, key: str) -> Tensor:
-        content = torch.load(work / folder.name / "zero" / name / f"{key}.pt", weights_only=True)
+        content = torch.load(target / "zero" / name / f"{key}.pt", weights_only=True)
         return content["param"] if isinstance(content, dict) else content
 
     return moment
@@ -93,7 +77,7 @@ def _convert(folder: Path, target: Path) -> None:
     """DeepSpeed's own converter; it unpickles freely, so only a folder that matched its seal may come here."""
     from deepspeed.checkpoint import ds_to_universal
 
-    shutil.rmtree(target.parent, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     settings = argparse.Namespace(
         input_folder=str(folder),
@@ -109,8 +93,9 @@ def _convert(folder: Path, target: Path) -> None:
             ds_to_universal.main(settings)
     except Exception as error:  # DeepSpeed raises anything
         logger.exception("conversion of %s failed", folder)
-        message = f"{folder}: DeepSpeed could not convert it to a universal checkpoint: {error!r}"
-        raise CheckpointError(message) from None
+        raise CheckpointError(
+            f"{folder}: DeepSpeed could not convert it to a universal checkpoint: {error!r}"
+        ) from None
 
 
 def _torch_moments(engine: Engine, counters: dict[str, Any]) -> Moment:
@@ -125,7 +110,7 @@ def _set_states(engine: Engine, folder: Path, moment: Moment, applied_steps: int
     with contextlib.ExitStack() as stack:
         weights = stack.enter_context(safe_open(folder / "model.safetensors", "pt"))
         averages = stack.enter_context(safe_open(ema_file, "pt")) if ema_file.exists() else None
-        keys = [*MOMENTS, *([STATE_KEY] if averages else [])]
+        keys = ["exp_avg", "exp_avg_sq", *([STATE_KEY] if averages else [])]
         if applied_steps:
             _create_states(engine, keys, applied_steps)
         if hasattr(engine.optimizer, "checkpoint_event_prologue"):
@@ -160,15 +145,14 @@ def _set(engine: Engine, parameter: Any, key: str | None, value: Tensor) -> None
     import deepspeed.utils as of
 
     value = value.flatten().to(device=parameter.device, dtype=torch.float32)
+    state = [key] if key else []
     if hasattr(parameter, "ds_id"):  # ZeRO-3; its setter of whole tensors fails where ranks do not divide them
         share = parameter.ds_tensor.numel()
         padded = torch.nn.functional.pad(value, (0, share * dist.get_world_size() - value.numel()))
         part = padded.narrow(0, share * dist.get_rank(), share)
-        args = (parameter, part, *([key] if key else []))
-        (of.safe_set_local_optimizer_state if key else of.safe_set_local_fp32_param)(*args)
+        (of.safe_set_local_optimizer_state if key else of.safe_set_local_fp32_param)(parameter, part, *state)
     elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2
-        args = (parameter, value, *([key] if key else []))
-        (of.safe_set_full_optimizer_state if key else of.safe_set_full_fp32_param)(*args)
+        (of.safe_set_full_optimizer_state if key else of.safe_set_full_fp32_param)(parameter, value, *state)
     else:
         target = engine.optimizer.state[parameter][key] if key else parameter.data
         target.copy_(value.view_as(target))

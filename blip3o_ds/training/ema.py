@@ -21,22 +21,21 @@ def attach_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
     The ramp over the steps `n` keeps a short run from being dominated by its first weights.
     """
 
+    @torch.no_grad()
     def update(stepped: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
-        for group in stepped.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    _update_one(stepped.state[weight], weight.detach(), decay)
+        weights = [weight for group in stepped.param_groups for weight in group["params"]]
+        for weight in weights:
+            if weight.grad is None:
+                continue
+            state = stepped.state[weight]
+            if STATE_KEY not in state:
+                state[STATE_KEY] = weight.clone()
+                continue
+            step = state["step"].to(weight.device)
+            keep = torch.clamp((1 + step) / (10 + step), max=decay)
+            state[STATE_KEY].lerp_(weight, (1 - keep).to(weight.dtype))
 
     optimizer.register_step_post_hook(update)
-
-
-def _update_one(state: dict, weight: Tensor, decay: float) -> None:
-    if STATE_KEY not in state:
-        state[STATE_KEY] = weight.clone()
-        return
-    step = state["step"].to(weight.device)
-    keep = torch.clamp((1 + step) / (10 + step), max=decay)
-    state[STATE_KEY].lerp_(weight, (1 - keep).to(weight.dtype))
 
 
 def gather_weights(module: nn.Module, optimizer: torch.optim.Optimizer, ema: bool) -> dict[str, Tensor]:
@@ -52,8 +51,8 @@ def each_weight(module: nn.Module, optimizer: torch.optim.Optimizer, ema: bool) 
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     link_states(optimizer)
-    names = set()
-    for name, parameter in module.named_parameters():
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
         partitioned = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
         if partitioned and ema:
             full = safe_get_full_optimizer_state(parameter, STATE_KEY)
@@ -61,18 +60,13 @@ def each_weight(module: nn.Module, optimizer: torch.optim.Optimizer, ema: bool) 
             full = safe_get_full_fp32_param(parameter)
         else:
             full = optimizer.state[parameter][STATE_KEY] if ema else parameter
-        names.add(name)
         yield name, full.detach().float().contiguous()
-    for name in sorted(module.state_dict().keys() - names):  # the persistent buffers, whole on every rank
+    for name in sorted(module.state_dict().keys() - parameters.keys()):  # the persistent buffers, whole on every rank
         yield name, module.get_buffer(name).detach().float()
 
 
 def link_states(optimizer: Any) -> None:
-    """Let DeepSpeed's safe_get and safe_set functions find the optimizer's current states.
-
-    ZeRO-1 and 2 link parameters to states once, when the first group has stepped and the others have no state yet, and
-    keep the links after a load has replaced the states.
-    """
+    """Let DeepSpeed's safe_get and safe_set functions find the states: ZeRO-1 and 2 link them too early, and once."""
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -5,7 +5,6 @@ Only this file touches DeepSpeed's engine object; what others need of it is a me
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
 import socket
@@ -15,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import CheckpointError, ConfigError
-from blip3o_ds.training.deepspeed_config import resolve_deepspeed_config, zero_stage
+from blip3o_ds.training.deepspeed_config import resolve_deepspeed_config
 from blip3o_ds.training.ema import attach_ema
 from blip3o_ds.training.optim import build_optimizer, learning_rate_factor
 from blip3o_ds.training.peers import gather
@@ -53,42 +53,37 @@ class Engine:
         self.device = device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         hosts = gather(socket.gethostname())
-        settings = resolve_deepspeed_config(
-            train, len(hosts), self.num_parameters, ranks_per_node=hosts.count(socket.gethostname())
-        )
-        if device.type != "cuda" and settings.get("zero_optimization", {}).get("zero_quantized_weights"):
-            raise ConfigError(
-                f"{train.deepspeed_config}: zero_quantized_weights needs CUDA, and this run is on the CPU"
-            )
-        self.zero_stage = zero_stage(settings)
+        ranks_per_node = hosts.count(socket.gethostname())
+        settings = resolve_deepspeed_config(train, len(hosts), self.num_parameters, ranks_per_node)
+        zero = settings["zero_optimization"]
+        if device.type != "cuda" and zero.get("zero_quantized_weights"):
+            raise ConfigError(f"{train.deepspeed_config}: zero_quantized_weights needs CUDA; this run is on the CPU")
+        self.zero_stage = zero["stage"]
         self._autocast = self.zero_stage == 0 and train.precision == "bf16"
-        optimizer = build_optimizer(model, train, fused=device.type == "cuda")
+        self.base_optimizer = optimizer = build_optimizer(model, train, fused=device.type == "cuda")
         if train.ema_decay:
             attach_ema(optimizer, train.ema_decay)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.stepped_names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]  # its order
-        schedule = torch.optim.lr_scheduler.LambdaLR(
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, train, total_steps)
         )
-        self._deepspeed, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+        self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(  # ZeRO's optimizer, or torch's own at stage 0
+            model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=settings, dist_init_required=False
         )
         self._snapshots = self._deepspeed.checkpoint_engine = SnapshotEngine()
         self.module: nn.Module = self._deepspeed.module
-        _set_collective_timeout(train.timeout_seconds)
+        # DeepSpeed's own groups have torch's default, half an hour, whatever the first group was given.
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=train.timeout_seconds), group)
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
     @property
-    def optimizer(self) -> Any:
-        """ZeRO's optimizer, or torch's own at stage 0."""
-        return self._deepspeed.optimizer
-
-    @property
     def learning_rate(self) -> float:
-        return self._deepspeed.lr_scheduler.get_last_lr()[0]
+        return self._schedule.get_last_lr()[0]
 
     @property
     def global_steps(self) -> int:
@@ -105,7 +100,7 @@ class Engine:
         return self.global_steps > self.skipped_steps
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else contextlib.nullcontext():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return self._deepspeed(*inputs, **named)
 
     def backward(self, loss: Tensor) -> None:
@@ -118,8 +113,7 @@ class Engine:
         """Update the weights, after the last micro-batch of a step."""
         learning_rate = self.learning_rate
         if self.zero_stage == 0:
-            applied, grad_norm = self._update_without_zero()
-            return StepReport(applied, grad_norm, learning_rate)
+            return StepReport(*self._update_without_zero(), learning_rate)
         loss_scale = getattr(self.optimizer, "loss_scale", 1)
         self._deepspeed.step()
         if self._deepspeed.was_step_applied():
@@ -140,8 +134,8 @@ class Engine:
         self._deepspeed.global_steps += 1
         return False, grad_norm
 
-    def snapshot(self, folder: Path) -> dict[Path, Any]:
-        """Copies of what DeepSpeed stores in a checkpoint `folder`, by file (see `copy_to_host`); a collective."""
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """Copies (see `copy_to_host`) of what DeepSpeed stores in a checkpoint `folder`, by file name; a collective."""
         self._deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         return self._snapshots.take()
 
@@ -157,25 +151,8 @@ class Engine:
 
     def restore_counters(self, counters: dict[str, Any]) -> None:
         """Take over the schedule and the step counts that DeepSpeed stored beside the weights."""
-        self._deepspeed.lr_scheduler.load_state_dict(counters["lr_scheduler"])
-        rates = self._deepspeed.lr_scheduler.get_last_lr()
-        for group, rate in zip(self.base_optimizer.param_groups, rates, strict=True):
+        self._schedule.load_state_dict(counters["lr_scheduler"])
+        for group, rate in zip(self.base_optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(self._deepspeed, name, counters[name])
-
-    @property
-    def base_optimizer(self) -> torch.optim.Optimizer:
-        """Torch's optimizer, inside ZeRO's."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-
-def _set_collective_timeout(seconds: float) -> None:
-    """End this process when it has waited so long for the others, in whichever of the process groups.
-
-    Groups that DeepSpeed makes for itself have torch's default, half an hour, whatever the first group was given.
-    """
-    from torch.distributed import distributed_c10d
-
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)

@@ -6,7 +6,7 @@ Each rank holds a whole copy of the model while it lasts, which keeps generation
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -15,9 +15,7 @@ from blip3o_ds.model.dit import DiT
 from blip3o_ds.runs.pretrained import Pretrained
 from blip3o_ds.training.ema import gather_weights
 from blip3o_ds.training.peers import gather
-
-if TYPE_CHECKING:
-    from blip3o_ds.training.setup import Run
+from blip3o_ds.training.setup import Run
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +29,11 @@ def evaluate_splits(run: Run, max_samples: int | None) -> dict[str, EvalResult]:
     ema = config.train.ema_decay > 0 and engine.has_stepped
     model.load_state_dict(gather_weights(engine.module, engine.optimizer, ema))
     model.to(engine.device, engine.dtype).eval()
-    pretrained = Pretrained(
-        *(model, run.flow, run.normalizer, run.baselines, config, run.state.step),
-        weights="ema" if ema else "model",
-        device=engine.device,
-    )
+    parts = (run.flow, run.normalizer, run.baselines, config, run.state.step)
+    pretrained = Pretrained(model, *parts, weights="ema" if ema else "model", device=engine.device)
     settings = config.eval.model_copy(update={"max_samples": max_samples})
-    results = {}
-    for split, dataset in run.splits.items():
-        results[split] = evaluate(pretrained, dataset, settings, dist.get_rank(), dist.get_world_size(), gather)
-    return results
+    place = (dist.get_rank(), dist.get_world_size(), gather)
+    return {split: evaluate(pretrained, dataset, settings, *place) for split, dataset in run.splits.items()}
 
 
 def record_evaluation(run: Run, results: dict[str, EvalResult]) -> None:

@@ -19,26 +19,22 @@ import torch
 from blip3o_ds.errors import ConfigError, TrainingError
 from blip3o_ds.slurm import Place, required, step_place
 
-# Below the ports that Linux hands out by itself (32768 and up).
-FIRST_PORT, NUM_PORTS = 10_000, 20_000
+FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux hands out by itself (32768 and up)
 
 
 def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes (see `rendezvous`): `(rank, world, device)`.
 
-    nccl where there is CUDA, gloo otherwise.
-
-    Raises:
-        TrainingError: not all ranks came within `timeout_seconds`.
+    nccl where there is CUDA, gloo otherwise. Where not all ranks come within `timeout_seconds`, a `TrainingError`.
     """
-    if not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(rendezvous(os.environ, torch.cuda.device_count()))
     import deepspeed
 
     # DeepSpeed calls collectives by names that newer PyTorch renames; a user of this project cannot fix that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -75,13 +71,10 @@ def rendezvous(environment: Mapping[str, str], num_devices: int) -> dict[str, st
             f"SLURM job {environment['SLURM_JOB_ID']} has SLURM_NTASKS = {environment['SLURM_NTASKS']} tasks, and this "
             "process is none of them but was started beside them: put `srun` before the command"
         )
-    return {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address, port = probe.getsockname()
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
 def first_host(node_list: str) -> str:
@@ -100,27 +93,16 @@ def _slurm_step(environment: Mapping[str, str], place: Place, num_devices: int) 
             f"task {local_rank} of node {environment.get('SLURMD_NODENAME')} has no GPU: {num_devices} are visible "
             "there; set --ntasks-per-node to the GPUs of a node"
         )
+    # The port is the same on all ranks, and another for each job and step: several may share a node.
+    job, step = int(required(environment, "SLURM_JOB_ID")), int(environment["SLURM_STEP_ID"])
     node_list = environment.get("SLURM_STEP_NODELIST") or required(environment, "SLURM_JOB_NODELIST")
-    found = {
+    return {
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.world_size),
         "LOCAL_RANK": str(local_rank),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(node_list),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(_step_port(environment)),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(FIRST_PORT + (job * 7 + step) % NUM_PORTS),
     }
-    return found
-
-
-def _step_port(environment: Mapping[str, str]) -> int:
-    """The same on all ranks, and another for each job and step: several may share a node."""
-    job, step = int(required(environment, "SLURM_JOB_ID")), int(environment["SLURM_STEP_ID"])
-    return FIRST_PORT + (job * 7 + step) % NUM_PORTS
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _unlink_shared_memory() -> None:

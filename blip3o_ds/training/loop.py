@@ -20,7 +20,7 @@ from blip3o_ds.training.anomalies import skip_or_roll_back
 from blip3o_ds.training.evaluation import evaluate_splits, is_best, overfit_verdict, record_evaluation
 from blip3o_ds.training.preemption import requeue_or_explain
 from blip3o_ds.training.setup import Run, setup
-from blip3o_ds.training.telemetry import format_duration
+from blip3o_ds.training.telemetry import format_duration, log_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 engine.backward(result.loss)
                 keys += batch.keys
                 losses.append(result.mse.detach())
-            meter.before_update()
+            if meter.probe:
+                meter.probe.read_gradients()
             report = engine.finish_step()
             meter.finish_step(report)
 
@@ -101,7 +102,7 @@ def log_metrics(run: Run) -> None:
     if run.spikes.is_spike(score):
         logger.warning("step %d: the loss spikes: %.4f, z = %.1f", step, metrics["loss"], score)
     run.writer.train(step, metrics)
-    run.progress.log(step, metrics)
+    log_line(step, metrics, run.progress, run.state.total_steps)
 
 
 def conclude(run: Run, first_step: int, began: float, stopped_by: signal.Signals | None) -> dict[str, Any]:

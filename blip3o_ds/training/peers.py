@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -59,7 +58,8 @@ class PeerWatch:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._rank = dist.get_rank()
+        self._hosts = gather(socket.gethostname())
         self._closing = threading.Event()
         self._found = threading.Event()
         self._suspecting = False  # a collective failed: a shorter silence is proof
@@ -68,24 +68,18 @@ class PeerWatch:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeerWatch:
-        if self._world_size > 1:
+        if len(self._hosts) > 1:
             # A connection of its own: the thread must not wait for the main thread's use of the store.
-            self._store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=datetime.timedelta(seconds=self._timeout),
-            )
-            self._store.set(_key(self._rank, "host"), socket.gethostname())
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            timeout = datetime.timedelta(seconds=self._timeout)
+            self._store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
             self._store.set(_key(self._rank), "0")
             dist.barrier()  # all are there to be read
             self._thread = threading.Thread(target=self._run, name="peer-watch", daemon=True)
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self._thread is None:
             return
         if error is not None and _is_collective(error):
@@ -100,7 +94,7 @@ class PeerWatch:
 
     def _run(self) -> None:
         beats = 0
-        heard = {rank: ("", time.monotonic()) for rank in range(self._world_size) if rank != self._rank}
+        heard = {rank: ("", time.monotonic()) for rank in range(len(self._hosts)) if rank != self._rank}
         while not self._closing.wait(self._timeout / 6):
             beats += 1
             try:
@@ -111,21 +105,18 @@ class PeerWatch:
                 return
             now = time.monotonic()
             for rank, value in zip(list(heard), values, strict=True):
-                text = value.decode()
+                text, name = value.decode(), f"rank {rank} ({self._hosts[rank]})"
                 if text.startswith(FAILED):
-                    self._end(f"rank {rank} ({self._host(rank)}) {text}")
+                    self._end(f"{name} {text}")
                     return
                 if text != heard[rank][0]:
                     heard[rank] = text, now
                 elif (silence := now - heard[rank][1]) > (self._timeout / 2 if self._suspecting else self._timeout):
-                    self._end(f"rank {rank} ({self._host(rank)}) is gone: not heard from for {silence:.0f} s")
+                    self._end(f"{name} is gone: not heard from for {silence:.0f} s")
                     return
         if self._last_words:
             with contextlib.suppress(RuntimeError):  # the store ends with rank 0; then there is nobody left to tell
                 self._store.set(_key(self._rank), self._last_words)
-
-    def _host(self, rank: int) -> str:
-        return self._store.get(_key(rank, "host")).decode()
 
     def _end(self, problem: str) -> None:
         """Let the main thread end with the name, or end the process if that thread is stuck in a collective."""
@@ -146,8 +137,8 @@ def _is_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _key(rank: int, what: str = "beat") -> str:
-    return f"blip3o_ds/{what}/{rank}"
+def _key(rank: int) -> str:
+    return f"blip3o_ds/beat/{rank}"
 
 
 def _one_line(error: BaseException) -> str:

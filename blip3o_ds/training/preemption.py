@@ -11,15 +11,12 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopSignal:
@@ -33,12 +30,10 @@ class StopSignal:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self._former = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        self._former = {number: signal.signal(number, self._remember) for number in (signal.SIGUSR1, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if error is None and self._reduction is not None:
@@ -56,7 +51,7 @@ class StopSignal:
         self._reduction = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return signal.Signals(decided) if decided else None
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, frame: Any) -> None:
         self._received = number
 
 
@@ -65,12 +60,11 @@ def requeue_or_explain(run_dir: Path, received: signal.Signals, environment: Map
     job = environment.get("SLURM_JOB_ID")
     if received == signal.SIGUSR1 and job is not None:
         try:
-            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+            command = ["scontrol", "requeue", job]
+            subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
             logger.info("job %s is queued again", job)
             return
-        except OSError as error:  # this node has no such command
-            problem = str(error)
-        except subprocess.CalledProcessError as error:
-            problem = (error.stderr or error.stdout).strip()
-        logger.warning("`scontrol requeue %s` failed: %s", job, problem)
+        except (OSError, subprocess.CalledProcessError) as error:  # no such command on this node, or it refused
+            problem = getattr(error, "output", None) or str(error)
+            logger.warning("`scontrol requeue %s` failed: %s", job, problem.strip())
     logger.info("to continue, start the same command with --resume %s", run_dir)

@@ -37,9 +37,8 @@ def resumed_config(given: RunConfig, resume: str) -> tuple[RunConfig, Path]:
     """
     folder = newest_run(_output_dir(given)) if resume == "latest" else Path(resume)
     saved, _ = _read_run(folder)
-    config = build_run_config(
-        SETTINGS.merge([flatten(saved.model_dump()), flatten(given.model_dump(exclude_unset=True))])
-    )
+    layers = [flatten(saved.model_dump()), flatten(given.model_dump(exclude_unset=True))]
+    config = build_run_config(SETTINGS.merge(layers))
     for name, setting in SETTINGS.items():
         before, now = attrgetter(name)(saved), attrgetter(name)(config)
         if before != now and not setting.may_change:
@@ -48,11 +47,7 @@ def resumed_config(given: RunConfig, resume: str) -> tuple[RunConfig, Path]:
 
 
 def prepare_run_dir(config: RunConfig, resumed: Path | None) -> Path:
-    """The folder of the run that is resumed, or a new one in `train.output_dir`; every rank calls it.
-
-    Raises:
-        ConfigError: ranks see different runs as the newest.
-    """
+    """The folder of the run that is resumed, or a new one in `train.output_dir`; every rank calls it."""
     folder = on_rank_zero(lambda: resumed or create_run(_output_dir(config), config, describe_environment()))
     if resumed and resumed != folder:
         raise ConfigError(
@@ -70,10 +65,8 @@ def _output_dir(config: RunConfig) -> Path:
 def keep_global_batch(config: RunConfig, run_dir: Path, world_size: int) -> RunConfig:
     """The settings with which `world_size` ranks take the run's global batch: samples per step stay what they were.
 
-    The micro-batch is at most the one that is set, so that it fits in memory; accumulation makes up for the rest.
-
-    Raises:
-        ConfigError: the ranks cannot share the global batch equally; says how many can.
+    The micro-batch is at most the one that is set, so that it fits in memory; accumulation makes up for the rest. A
+    `ConfigError` says on how many ranks that is possible.
     """
     saved, ranks_then = _read_run(run_dir)
     batch = saved.train.global_batch(ranks_then)
@@ -88,11 +81,8 @@ def keep_global_batch(config: RunConfig, run_dir: Path, world_size: int) -> RunC
             f"resume it on {possible} ranks"
         )
     micro = max(n for n in range(1, min(train.micro_batch_size, share) + 1) if share % n == 0)
-    logger.info(
-        "the global batch stays %d on %d ranks: train.micro_batch_size = %d, train.gradient_accumulation_steps = %d",
-        *(batch, world_size, micro, share // micro),
-    )
     fitted = {"micro_batch_size": micro, "gradient_accumulation_steps": share // micro}
+    logger.info("the global batch stays %d on %d ranks: %s", batch, world_size, fitted)
     return config.model_copy(update={"train": train.model_copy(update=fitted)})
 
 
@@ -104,13 +94,9 @@ def describe_environment() -> dict[str, Any]:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     cpu = platform.processor() or platform.machine()
+    packages = (blip3o_ds, torch, deepspeed)
     return {
-        "versions": {
-            "blip3o_ds": blip3o_ds.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {**{p.__name__: p.__version__ for p in packages}, "python": platform.python_version()},
         "git": git.stdout.strip() or None,
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "world_size": dist.get_world_size(),
@@ -123,7 +109,6 @@ def _read_run(run_dir: Path) -> tuple[RunConfig, int]:
     config, content = read_run_config(run_dir)
     world_size = content.get("world_size")
     if not isinstance(world_size, int) or world_size < 1:
-        raise CheckpointError(
-            f"{run_dir / RUN_CONFIG}: expected the number of ranks under `world_size`, found {world_size!r}"
-        )
+        problem = f"expected the number of ranks under `world_size`, found {world_size!r}"
+        raise CheckpointError(f"{run_dir / RUN_CONFIG}: {problem}")
     return config, world_size

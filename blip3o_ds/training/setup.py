@@ -25,20 +25,20 @@ from blip3o_ds.errors import ConfigError
 from blip3o_ds.flow.build import build_flow
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.model.dit import DiT
+from blip3o_ds.progress import Progress
 from blip3o_ds.runs.folder import BAD_SAMPLES, CHECKPOINTS, LOG
 from blip3o_ds.training.anomalies import SpikeDetector
 from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
 from blip3o_ds.training.datasets import open_eval_data, open_train_data, prepare_statistics, with_dims_of
-from blip3o_ds.training.debug import DebugProbe
 from blip3o_ds.training.engine import Engine
 from blip3o_ds.training.launch import init_distributed
-from blip3o_ds.training.meter import StepMeter
+from blip3o_ds.training.meter import DebugProbe, StepMeter
 from blip3o_ds.training.optim import check_names
 from blip3o_ds.training.peers import SILENCE_SECONDS, PeerWatch
 from blip3o_ds.training.preemption import StopSignal
 from blip3o_ds.training.resume import keep_global_batch, prepare_run_dir, resumed_config
 from blip3o_ds.training.state import TrainState
-from blip3o_ds.training.telemetry import MetricsWriter, Progress, setup_logging
+from blip3o_ds.training.telemetry import MetricsWriter, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -93,28 +93,25 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
         total_steps = count_steps(config, len(dataset), config.train.global_batch(world_size))
         engine = Engine(build_model(config, baselines), config.train, total_steps, device)
         loader = stack.enter_context(_open_loader(config, dataset, rank, world_size, device))
+        train, checkpoints = config.train, folder / CHECKPOINTS
         saver = CheckpointWriter(
-            engine,
-            folder / CHECKPOINTS,
-            with_ema=config.train.ema_decay > 0,
-            keep_last=config.train.keep_last,
-            keep_every=config.train.keep_every,
+            engine, checkpoints, with_ema=train.ema_decay > 0, keep_last=train.keep_last, keep_every=train.keep_every
         )
         stack.callback(saver.close)
         state = TrainState(total_steps)
         if resume:
-            state = restore(state, engine, loader, saver, folder)
+            state = restore(state, engine, loader, saver, checkpoints)
         writer = MetricsWriter(folder, rank, state.step)
         stack.callback(writer.close)
         logger.info(
             "run %s: %.1f M parameters, %d samples, global batch %d = %d ranks x %d x %d accumulated, steps %d to %d, "
             "%s, ZeRO-%d, %s",
             *(folder, engine.num_parameters / 1e6, len(dataset), loader.samples_per_step, world_size),
-            *(config.train.micro_batch_size, config.train.gradient_accumulation_steps, state.step, total_steps),
-            *(config.train.precision, engine.zero_stage, device),
+            *(train.micro_batch_size, train.gradient_accumulation_steps, state.step, total_steps),
+            *(train.precision, engine.zero_stage, device),
         )
-        meter = StepMeter(config, loader, device, DebugProbe(engine) if config.train.debug_mode else None)
-        progress = Progress(total_steps, state.step)
+        meter = StepMeter(config, loader, device, DebugProbe(engine) if train.debug_mode else None)
+        progress = Progress("training", total_steps, "steps", state.step)
         yield Run(
             *(config, folder, rank, state, loader, splits, normalizer, baselines, flow, engine, saver, stop),
             *(writer, meter, progress, SpikeDetector()),
@@ -140,16 +137,15 @@ def build_model(config: RunConfig, baselines: Baselines) -> DiT:
 
 
 def restore(
-    begin: TrainState, engine: Engine, loader: EmbeddingLoader, saver: CheckpointWriter, folder: Path
+    begin: TrainState, engine: Engine, loader: EmbeddingLoader, saver: CheckpointWriter, checkpoints: Path
 ) -> TrainState:
     """Load the newest whole checkpoint of a resumed run and return its state; `begin` where there is none yet.
 
-    Raises:
-        ConfigError: the run's length is no longer what it was, and the schedule of the learning rate depends on it.
+    A `ConfigError` says that the run's length has changed, on which the schedule of the learning rate depends.
     """
-    checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+    checkpoint = newest_checkpoint(checkpoints)
     if checkpoint is None:
-        logger.warning("%s has no checkpoint yet: starting it from its beginning", folder)
+        logger.warning("%s has no checkpoint yet: starting it from its beginning", checkpoints.parent)
         return begin
     state = TrainState.of(checkpoint)
     if state.total_steps != begin.total_steps:

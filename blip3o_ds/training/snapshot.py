@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import deepspeed.runtime.fp16.loss_scaler as loss_scaler
 import torch
@@ -25,20 +25,17 @@ ADMITTED = [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler
 
 
 class SnapshotEngine(CheckpointEngine):
-    """Collects copies of what DeepSpeed saves until `take`; loads without running code from the file."""
-
     def __init__(self) -> None:
         super().__init__()
-        self._snapshots: dict[Path, Any] = {}
+        self._snapshots: dict[str, Any] = {}
 
-    def create(self, info: Any) -> None:
-        """A save begins; nothing to prepare."""
+    def create(self, info: Any) -> None: ...
 
     def save(self, state_dict: Any, path: str) -> None:
-        self._snapshots[Path(path)] = copy_to_host(state_dict)
+        self._snapshots[Path(path).name] = copy_to_host(state_dict)
 
-    def take(self) -> dict[Path, Any]:
-        """The copies since the last call, by the file that each belongs in; transfers may still be under way."""
+    def take(self) -> dict[str, Any]:
+        """The copies since the last call, by the name of the file that each belongs in."""
         taken, self._snapshots = self._snapshots, {}
         return taken
 
@@ -65,7 +62,7 @@ def copy_to_host(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def write_verified(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, Any]:
+def write_verified(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
     """Write a file through `write`, sync it, read it back; return its `bytes` and `sha256` as they left memory.
 
     Raises:
@@ -73,7 +70,7 @@ def write_verified(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, An
     """
     with open(path, "wb") as file:
         hashed = HashingFile(file)
-        write(cast(BinaryIO, hashed))  # as much of a file as writers need
+        write(hashed)
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk below

@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from blip3o_ds import progress
 from blip3o_ds.files import atomic_write_bytes
-from blip3o_ds.progress import format_duration
+from blip3o_ds.progress import Progress, format_duration
 from blip3o_ds.runs.folder import METRICS, TENSORBOARD
 
 logger = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def setup_logging(rank: int, log_file: Path | None = None) -> None:
@@ -28,11 +25,10 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
     root.handlers.clear()
     root.propagate = False
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    form = logging.Formatter(
-        LOG_FORMAT if rank == 0 else f"%(asctime)s %(levelname)s [rank {rank}] %(message)s", "%H:%M:%S"
-    )
+    place = "" if rank == 0 else f"[rank {rank}] "
+    form = logging.Formatter(f"%(asctime)s %(levelname)s {place}%(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if log_file is not None and rank == 0:
+    if log_file and rank == 0:
         handlers.append(logging.FileHandler(log_file))
     for handler in handlers:
         handler.setFormatter(form)
@@ -43,20 +39,17 @@ class MetricsWriter:
     """Writes metrics to `run_dir/metrics.jsonl` and `run_dir/tensorboard`; on ranks other than 0 it does nothing."""
 
     def __init__(self, run_dir: Path, rank: int, resumed_step: int = 0) -> None:
-        self._run_dir = run_dir
+        self._run_dir, self._rank = run_dir, rank
         self._file: TextIO | None = None
-        if rank == 0:
-            self._open(resumed_step)
+        self.rewind(resumed_step)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps, which will be taken again."""
-        if self._file is not None:
-            self.close()
-            self._open(step)
-
-    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        if self._rank > 0:
+            return
+        self.close()
         path = self._run_dir / METRICS
         drop_lines_after(path, step)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (close() closes it)
@@ -98,23 +91,11 @@ def drop_lines_after(path: Path, step: int) -> None:
     atomic_write_bytes(path, "".join(kept).encode())
 
 
-class Progress:
+def log_line(step: int, metrics: Mapping[str, float], progress: Progress, total_steps: int) -> None:
     """The line on the console: step, metrics, speed, and the remaining time."""
-
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self._total = total_steps
-        self._progress = progress.Progress("training", total_steps, "steps", start_step)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        logger.info(
-            "step %d/%d  loss %.4f  cos %.3f  grad %.2f  lr %.2e  %.1f samples/s  wait %.1f%%  ETA %s",
-            step,
-            self._total,
-            metrics["loss"],
-            metrics["velocity_similarity"],
-            metrics["grad_norm"],
-            metrics["lr"],
-            metrics["samples_per_second"],
-            100 * metrics["data_wait_fraction"],
-            format_duration(self._progress.seconds_left(step)),
-        )
+    logger.info(
+        "step %d/%d  loss %.4f  cos %.3f  grad %.2f  lr %.2e  %.1f samples/s  wait %.1f%%  ETA %s",
+        *(step, total_steps, metrics["loss"], metrics["velocity_similarity"], metrics["grad_norm"], metrics["lr"]),
+        *(metrics["samples_per_second"], 100 * metrics["data_wait_fraction"]),
+        format_duration(progress.seconds_left(step)),
+    )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from blip3o_ds.training.debug import DebugProbe
+from blip3o_ds.training.meter import DebugProbe
 
 
 def test_losses_that_are_not_finite_are_left_out_of_the_timestep_bins(one_rank):
