@@ -75,8 +75,14 @@ def with_dims_of(config: RunConfig, dataset: EmbeddingDataset) -> RunConfig:
 def _open(config: RunConfig, folder: str, bad_samples: BadSamples, **part: Any) -> EmbeddingDataset:
     """A dataset in the token layout of the model, checked against the dims of the model, as far as they are given."""
     given = config.model.model_dump(include=config.model.model_fields_set)
-    cache = {"cache_dir": config.data.cache_dir, "cache_gb": config.data.cache_gb}
-    dataset = EmbeddingDataset(folder, token_layout=given.get("token_layout"), bad_samples=bad_samples, **cache, **part)
+    dataset = EmbeddingDataset(
+        folder,
+        token_layout=given.get("token_layout"),
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
+        bad_samples=bad_samples,
+        **part,
+    )
     wrong = {k: v for k, v in dataset.spec.model_dims().items() if given.get(k, v) != v}
     if wrong:
         stated = ", ".join(f"model.{k} = {given[k]} but the data has {v}" for k, v in wrong.items())

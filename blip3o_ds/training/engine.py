@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        return self._schedule.get_last_lr()[0]
+        return float(self._schedule.get_last_lr()[0])
 
     @property
     def global_steps(self) -> int:
