@@ -66,18 +66,18 @@ def prepare_statistics(
 
 def with_dims_of(config: RunConfig, dataset: EmbeddingDataset) -> RunConfig:
     """The settings with the dims of the model that were not given taken from the training set."""
-    found = {**dataset.spec.model_dims(), "token_layout": dataset.spec.token_layout}
+    found = dataset.spec.model_dims()
     given = config.model.model_fields_set
     model = config.model.model_copy(update={name: v for name, v in found.items() if name not in given})
     return config.model_copy(update={"model": model})
 
 
 def _open(config: RunConfig, folder: str, bad_samples: BadSamples, **part: Any) -> EmbeddingDataset:
-    """A dataset in the token layout of the model, checked against the dims of the model, as far as they are given."""
+    """A dataset in the token layout of the model; the dims of the model that were given must be those of the data."""
     given = config.model.model_dump(include=config.model.model_fields_set)
     dataset = EmbeddingDataset(
         folder,
-        token_layout=given.get("token_layout"),
+        token_layout=config.model.token_layout,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
         bad_samples=bad_samples,
