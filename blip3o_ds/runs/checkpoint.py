@@ -35,22 +35,19 @@ class Checkpoint:
 def find_checkpoint(folder: Path, step: int | None = None, files: Sequence[str] | None = None) -> Checkpoint | None:
     """The newest checkpoint in `folder` that passes `verify_checkpoint`, or the one of `step`; None if there is none.
 
-    Damaged checkpoints are skipped with a warning.
-
-    Raises:
-        CheckpointError: `step` was asked for and is missing or damaged.
+    Damaged checkpoints are skipped with a warning. It is a `CheckpointError` if that of `step` is missing or damaged.
     """
     paths = sorted(folder.glob("step_*"), reverse=True)
-    wanted = [path for path in paths if step is None or path.name == f"step_{step:08d}"]
-    if step is not None and not wanted:
+    if step is not None:
+        wanted = folder / f"step_{step:08d}"
+        if wanted in paths:
+            return verify_checkpoint(wanted, files)
         there = ", ".join(path.name for path in paths) or "none"
         raise CheckpointError(f"{folder}: there is no checkpoint of step {step}; found: {there}")
-    for path in wanted:
+    for path in paths:
         try:
             return verify_checkpoint(path, files)
         except CheckpointError as error:
-            if step is not None:
-                raise
             logger.warning("checkpoint %s; trying the one before it", error)
     return None
 
@@ -58,8 +55,7 @@ def find_checkpoint(folder: Path, step: int | None = None, files: Sequence[str] 
 def verify_checkpoint(path: Path, names: Sequence[str] | None = None) -> Checkpoint:
     """Compare the files of the checkpoint `path` with its seal: all of them, or only `names` if no others are read.
 
-    Raises:
-        CheckpointError: it is not finished, or a file is missing or differs.
+    A `CheckpointError` says that it is not finished, or which file is missing or differs.
     """
     seal = read_json(path / SEAL, CheckpointError, f"{path} is damaged or was not finished")
     if seal.pop("sha256", None) != _digest(seal):

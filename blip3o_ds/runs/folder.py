@@ -43,11 +43,7 @@ def newest_run(output_dir: Path) -> Path:
 
 
 def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The settings with which a run began, and the whole content of the file that holds them.
-
-    Raises:
-        CheckpointError: `folder` is not a run, or its settings cannot be read.
-    """
+    """The settings with which a run began, and the whole content of the file that holds them."""
     path = folder / RUN_CONFIG
     content = read_json(path, CheckpointError, f"{folder} is not a run folder")
     return parse_run_config(path, content.get("config")), content

@@ -62,8 +62,7 @@ class Pretrained:
 def load_pretrained(path: str | Path, device: torch.device | str = "cpu") -> Pretrained:
     """Load a run folder's newest checkpoint or an export, in the run's precision on a GPU and in fp32 on the CPU.
 
-    Raises:
-        CheckpointError: the folder is neither, or a file is missing or damaged.
+    A `CheckpointError` says that the folder is neither, or which file is missing or damaged.
     """
     path, device = Path(path), torch.device(device)
     if (path / RUN_CONFIG).is_file():
@@ -85,11 +84,8 @@ def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
     """Write the folder `dst` that `load_pretrained` and `DiT.from_pretrained` read, from a run's checkpoint.
 
     The checkpoint is that of `step`, or the newest; the weights are the moving average where the run kept one. The
-    folder appears whole or not at all.
-
-    Raises:
-        CheckpointError: the run has no such checkpoint.
-        FileExistsError: `dst` already holds something.
+    folder appears whole or not at all. It is a `CheckpointError` if the run has no such checkpoint, a `FileExistsError`
+    if `dst` already holds something.
     """
     with atomic_folder(dst) as folder:
         loaded = _load_run(Path(run), step)

@@ -18,9 +18,8 @@ from torch import Tensor
 from blip3o_ds.errors import TrainingError
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.folder import BAD_BATCHES, CHECKPOINTS
-from blip3o_ds.training.checkpoint import load_checkpoint, newest_checkpoint
+from blip3o_ds.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint
 from blip3o_ds.training.peers import gather
-from blip3o_ds.training.state import TrainState
 
 if TYPE_CHECKING:
     from blip3o_ds.training.setup import Run

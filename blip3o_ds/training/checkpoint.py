@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,27 @@ CLOSING_SECONDS = 10
 Writers = dict[str, Callable[[Any], Any]]  # file name -> what writes it
 
 
+@dataclass
+class TrainState:
+    """Where a run stands, the same on every rank; the ranks' random number generators lie in the checkpoint too."""
+
+    total_steps: int  # the learning rate's schedule depends on it
+    step: int = 0  # the last one that was taken, or skipped
+    best: dict[str, Any] | None = None  # `step` and `score` of the best evaluation
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    loader: dict[str, int] = field(default_factory=dict)  # position in the data, as the loader states it
+
+    def to_json(self) -> dict[str, Any]:
+        """What `checkpoint.json` holds; the step stands there already."""
+        return {name: value for name, value in asdict(self).items() if name != "step"}
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> TrainState:
+        """The state that a checkpoint holds; old ones lack what was added later."""
+        return TrainState(step=checkpoint.step, **checkpoint.state)
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run into `folder`, one at a time; every rank calls `save` and `finish`.
 
@@ -58,12 +80,9 @@ class CheckpointWriter:
         self._outcome: Checkpoint | str | None = None  # of the thread: what it wrote, or why not
 
     def save(self, step: int, state: dict[str, Any], pinned_step: int | None = None) -> None:
-        """Take the state of `step` and begin to write it to `folder/step_XXXXXXXX`; waits for the save before it.
+        """Take the state of `step` and begin to write it to `folder/step_XXXXXXXX`, after `finish`.
 
         `state` is plain JSON; it comes back as `Checkpoint.state`.
-
-        Raises:
-            CheckpointError: the save before it failed on some rank; no trace of it is left.
         """
         self.finish()
         final = self._folder / f"step_{step:08d}"
@@ -81,11 +100,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def finish(self) -> Checkpoint | None:
-        """Wait until the last save is complete, and return the newest complete checkpoint.
-
-        Raises:
-            CheckpointError: the save failed on some rank.
-        """
+        """Wait for the last save; the newest complete checkpoint, or a `CheckpointError` if a rank could not write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

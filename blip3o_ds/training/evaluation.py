@@ -58,10 +58,10 @@ def is_best(run: Run, results: dict[str, EvalResult]) -> bool:
 
 def overfit_verdict(result: EvalResult) -> dict[str, Any]:
     """Whether the network memorised the few samples it was given: mean token cosine above 0.8."""
-    similarity = {reading: result.readings[reading]["clip_similarity"] for reading in ("posterior_mean", "sampled")}
-    passed = similarity["posterior_mean"] > OVERFIT_THRESHOLD
+    mean, sampled = (result.readings[reading]["clip_similarity"] for reading in ("posterior_mean", "sampled"))
+    passed = mean > OVERFIT_THRESHOLD
     logger.info(
         "overfit test: clip_similarity %.3f (posterior mean), %.3f (sampled), threshold %.1f: %s",
-        *(similarity["posterior_mean"], similarity["sampled"], OVERFIT_THRESHOLD, "passed" if passed else "FAILED"),
+        *(mean, sampled, OVERFIT_THRESHOLD, "passed" if passed else "FAILED"),
     )
-    return {"threshold": OVERFIT_THRESHOLD, **similarity, "passed": passed}
+    return {"threshold": OVERFIT_THRESHOLD, "posterior_mean": mean, "sampled": sampled, "passed": passed}

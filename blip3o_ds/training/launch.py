@@ -55,16 +55,11 @@ def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
 def rendezvous(environment: Mapping[str, str], num_devices: int) -> dict[str, str]:
     """The variables to add to `environment` so that this process can join its group; none under a launcher.
 
-    Args:
-        num_devices: accelerators that this process sees; 0 on CPU.
-
-    Raises:
-        ConfigError: SLURM's variables say that the process was started in a way that cannot work; names the right one.
+    The process sees `num_devices` accelerators, 0 on CPU. A `ConfigError` names the right way to start under SLURM.
     """
     if "RANK" in environment:
         return {}
-    place = step_place(environment)
-    if place is not None:
+    if (place := step_place(environment)) is not None:
         return _slurm_step(environment, place, num_devices)
     if "SLURM_JOB_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         raise ConfigError(
@@ -106,10 +101,7 @@ def _slurm_step(environment: Mapping[str, str], place: Place, num_devices: int) 
 
 
 def _unlink_shared_memory() -> None:
-    """Take the name off this rank's memory for DeepSpeed's all-reduce on CPU, so that it goes with the processes.
-
-    DeepSpeed never does; each rank of each run, however it ended, would leave 66 MiB of memory taken.
-    """
+    """Take the name off this rank's 66 MiB for DeepSpeed's all-reduce on CPU, so that they go with the processes."""
     where = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     try:
         torch.distributed.barrier()  # until all ranks have mapped it

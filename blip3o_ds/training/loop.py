@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from blip3o_ds.config import RunConfig
 from blip3o_ds.files import atomic_write_json
+from blip3o_ds.progress import format_duration
 from blip3o_ds.runs.folder import FINAL_SUMMARY, TRAINING_SUMMARY
 from blip3o_ds.training.anomalies import skip_or_roll_back
 from blip3o_ds.training.evaluation import evaluate_splits, is_best, overfit_verdict, record_evaluation
 from blip3o_ds.training.preemption import requeue_or_explain
 from blip3o_ds.training.setup import Run, setup
-from blip3o_ds.training.telemetry import format_duration, log_line
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,8 @@ logger = logging.getLogger(__name__)
 def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
     """Train, evaluate, and return what `final_summary.json` holds; every rank calls it.
 
-    After SIGUSR1 or SIGTERM it ends early, with a checkpoint of its last step, and returns no `evaluation`.
-
-    Args:
-        resume: a run folder, or `latest` for the newest one in `train.output_dir`; None starts a new run.
+    After SIGUSR1 or SIGTERM it ends early, with a checkpoint of its last step, and returns no `evaluation`. To `resume`
+    are a run folder, or `latest` for the newest one in `train.output_dir`; None starts a new run.
 
     Raises:
         ConfigError: the settings do not fit each other, the data, or the run that is resumed.
@@ -102,7 +100,12 @@ def log_metrics(run: Run) -> None:
     if run.spikes.is_spike(score):
         logger.warning("step %d: the loss spikes: %.4f, z = %.1f", step, metrics["loss"], score)
     run.writer.train(step, metrics)
-    log_line(step, metrics, run.progress, run.state.total_steps)
+    logger.info(
+        "step %d/%d  loss %.4f  cos %.3f  grad %.2f  lr %.2e  %.1f samples/s  wait %.1f%%  ETA %s",
+        *(step, run.state.total_steps, metrics["loss"], metrics["velocity_similarity"], metrics["grad_norm"]),
+        *(metrics["lr"], metrics["samples_per_second"], 100 * metrics["data_wait_fraction"]),
+        format_duration(run.progress.seconds_left(step)),
+    )
 
 
 def conclude(run: Run, first_step: int, began: float, stopped_by: signal.Signals | None) -> dict[str, Any]:

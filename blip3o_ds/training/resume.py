@@ -28,12 +28,8 @@ logger = logging.getLogger(__name__)
 def resumed_config(given: RunConfig, resume: str) -> tuple[RunConfig, Path]:
     """The settings of the run to resume, changed by those that `given` states, and its folder.
 
-    Args:
-        resume: the folder, or `latest` for the newest run in `train.output_dir`.
-
-    Raises:
-        CheckpointError: there is no run, or its settings cannot be read.
-        ConfigError: a setting is changed that decides what the remaining steps compute.
+    `resume` is that folder, or `latest` for the newest run in `train.output_dir`. A `ConfigError` names a changed
+    setting that decides what the remaining steps compute.
     """
     folder = newest_run(_output_dir(given)) if resume == "latest" else Path(resume)
     saved, _ = _read_run(folder)
@@ -50,9 +46,8 @@ def prepare_run_dir(config: RunConfig, resumed: Path | None) -> Path:
     """The folder of the run that is resumed, or a new one in `train.output_dir`; every rank calls it."""
     folder = on_rank_zero(lambda: resumed or create_run(_output_dir(config), config, describe_environment()))
     if resumed and resumed != folder:
-        raise ConfigError(
-            f"rank {dist.get_rank()} finds {resumed} to resume, rank 0 {folder}; name the run: --resume {folder}"
-        )
+        found = f"rank {dist.get_rank()} finds {resumed} to resume, rank 0 {folder}"
+        raise ConfigError(f"{found}; name the run: --resume {folder}")
     return folder
 
 

@@ -28,7 +28,7 @@ from blip3o_ds.model.dit import DiT
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.folder import BAD_SAMPLES, CHECKPOINTS, LOG
 from blip3o_ds.training.anomalies import SpikeDetector
-from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
+from blip3o_ds.training.checkpoint import CheckpointWriter, TrainState, load_checkpoint, newest_checkpoint
 from blip3o_ds.training.datasets import open_eval_data, open_train_data, prepare_statistics, with_dims_of
 from blip3o_ds.training.engine import Engine
 from blip3o_ds.training.launch import init_distributed
@@ -37,7 +37,6 @@ from blip3o_ds.training.optim import check_names
 from blip3o_ds.training.peers import SILENCE_SECONDS, PeerWatch
 from blip3o_ds.training.preemption import StopSignal
 from blip3o_ds.training.resume import keep_global_batch, prepare_run_dir, resumed_config
-from blip3o_ds.training.state import TrainState
 from blip3o_ds.training.telemetry import MetricsWriter, setup_logging
 
 logger = logging.getLogger(__name__)

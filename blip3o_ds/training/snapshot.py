@@ -63,11 +63,7 @@ def copy_to_host(value: Any) -> Any:
 
 
 def write_verified(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
-    """Write a file through `write`, sync it, read it back; return its `bytes` and `sha256` as they left memory.
-
-    Raises:
-        OSError: it cannot be written, or what is read back differs.
-    """
+    """Write a file through `write`, sync it, read it back; return its `bytes` and `sha256` as they left memory."""
     with open(path, "wb") as file:
         hashed = HashingFile(file)
         write(hashed)

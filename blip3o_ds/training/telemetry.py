@@ -1,4 +1,4 @@
-"""What a run reports: log file and console, `metrics.jsonl`, TensorBoard, and the progress line.
+"""What a run reports: log file and console, `metrics.jsonl`, and TensorBoard.
 
 Only rank 0 writes. After a resume the lines past the checkpoint's step are dropped, so that every step appears once.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from blip3o_ds.files import atomic_write_bytes
-from blip3o_ds.progress import Progress, format_duration
 from blip3o_ds.runs.folder import METRICS, TENSORBOARD
 
 logger = logging.getLogger(__name__)
@@ -56,11 +55,9 @@ class MetricsWriter:
         self._board = SummaryWriter(str(self._run_dir / TENSORBOARD), purge_step=step + 1 if step else None)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of training metrics, averaged since the line before."""
         self._write({"step": step, "kind": "train", **metrics}, "train/", step, metrics)
 
     def evaluation(self, step: int, split: str, reading: str, metrics: Mapping[str, float]) -> None:
-        """One line of metrics on generated embeddings: a split, and a reading of the model or a baseline."""
         line = {"step": step, "kind": "eval", "split": split, "reading": reading, **metrics}
         self._write(line, f"eval_{split}/{reading}/", step, metrics)
 
@@ -89,13 +86,3 @@ def drop_lines_after(path: Path, step: int) -> None:
         except json.JSONDecodeError:
             logger.warning("%s: a line that was cut off is dropped: %.40s", path, line)
     atomic_write_bytes(path, "".join(kept).encode())
-
-
-def log_line(step: int, metrics: Mapping[str, float], progress: Progress, total_steps: int) -> None:
-    """The line on the console: step, metrics, speed, and the remaining time."""
-    logger.info(
-        "step %d/%d  loss %.4f  cos %.3f  grad %.2f  lr %.2e  %.1f samples/s  wait %.1f%%  ETA %s",
-        *(step, total_steps, metrics["loss"], metrics["velocity_similarity"], metrics["grad_norm"], metrics["lr"]),
-        *(metrics["samples_per_second"], 100 * metrics["data_wait_fraction"]),
-        format_duration(progress.seconds_left(step)),
-    )

@@ -7,7 +7,7 @@ import pytest
 
 from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.training.deepspeed_config import resolve_deepspeed_config
+from blip3o_ds.training.engine import resolve_deepspeed_config
 from blip3o_ds.training.optim import SCHEDULES, check_names, learning_rate_factor
 from tests.conftest import PROJECT
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip3o_ds.runs.checkpoint import Checkpoint
-from blip3o_ds.training.state import TrainState
+from blip3o_ds.training.checkpoint import TrainState
 
 BEST = {"step": 5, "score": 0.5}
 LOADER = {"epoch": 1, "samples_consumed": 40}

@@ -2,7 +2,8 @@
 
 import json
 
-from blip3o_ds.training.telemetry import MetricsWriter, drop_lines_after, format_duration
+from blip3o_ds.progress import format_duration
+from blip3o_ds.training.telemetry import MetricsWriter, drop_lines_after
 
 
 def read(path):

@@ -20,8 +20,8 @@ from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.training import evaluation
+from blip3o_ds.training.checkpoint import TrainState
 from blip3o_ds.training.evaluation import overfit_verdict
-from blip3o_ds.training.state import TrainState
 from tests.conftest import PROJECT, train_command, write_embeddings
 from tests.training.conftest import small_config
 
