@@ -47,9 +47,8 @@ def load_elastic(engine: Engine, checkpoint: Checkpoint) -> None:
     counters = engine.read(sorted(folder.glob("*mp_rank_00_model_states.pt"))[0])
     work = folder.parent / ".universal"
     try:
-        moment = (
-            _torch_moments(engine, counters) if checkpoint.zero_stage == 0 else _universal(folder, work / folder.name)
-        )
+        target = work / folder.name
+        moment = _torch_moments(engine, counters) if checkpoint.zero_stage == 0 else _universal(folder, target)
         _set_states(engine, folder, moment, counters["global_steps"] - counters["skipped_steps"])
     finally:
         dist.barrier()
@@ -109,7 +108,7 @@ def _set_states(engine: Engine, folder: Path, moment: Moment, applied_steps: int
     ema_file = folder / "ema.safetensors"
     with contextlib.ExitStack() as stack:
         weights = stack.enter_context(safe_open(folder / "model.safetensors", "pt"))
-        averages = stack.enter_context(safe_open(ema_file, "pt")) if ema_file.exists() else None
+        averages: Any = stack.enter_context(safe_open(ema_file, "pt")) if ema_file.exists() else None
         keys = ["exp_avg", "exp_avg_sq", *([STATE_KEY] if averages else [])]
         if applied_steps:
             _create_states(engine, keys, applied_steps)
@@ -118,8 +117,8 @@ def _set_states(engine: Engine, folder: Path, moment: Moment, applied_steps: int
         for name, parameter in engine.module.named_parameters():
             _set(engine, parameter, None, weights.get_tensor(name))
             for key in keys if applied_steps else []:
-                average = averages.get_tensor(name) if averages and key == STATE_KEY else None
-                _set(engine, parameter, key, moment(name, key) if average is None else average)
+                value = averages.get_tensor(name) if key == STATE_KEY else moment(name, key)
+                _set(engine, parameter, key, value)
         for name, buffer in engine.module.named_buffers():
             if name in weights.keys():  # noqa: SIM118 (not a dict)
                 buffer.copy_(weights.get_tensor(name))

@@ -19,8 +19,6 @@ import torch
 from blip3o_ds.errors import ConfigError, TrainingError
 from blip3o_ds.slurm import Place, required, step_place
 
-FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux hands out by itself (32768 and up)
-
 
 def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes (see `rendezvous`): `(rank, world, device)`.
@@ -88,7 +86,8 @@ def _slurm_step(environment: Mapping[str, str], place: Place, num_devices: int) 
             f"task {local_rank} of node {environment.get('SLURMD_NODENAME')} has no GPU: {num_devices} are visible "
             "there; set --ntasks-per-node to the GPUs of a node"
         )
-    # The port is the same on all ranks, and another for each job and step: several may share a node.
+    # The port is the same on all ranks, and another for each job and step, which may share a node; it lies below those
+    # that Linux hands out by itself (32768 and up).
     job, step = int(required(environment, "SLURM_JOB_ID")), int(environment["SLURM_STEP_ID"])
     node_list = environment.get("SLURM_STEP_NODELIST") or required(environment, "SLURM_JOB_NODELIST")
     return {
@@ -96,7 +95,7 @@ def _slurm_step(environment: Mapping[str, str], place: Place, num_devices: int) 
         "WORLD_SIZE": str(place.world_size),
         "LOCAL_RANK": str(local_rank),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(node_list),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(FIRST_PORT + (job * 7 + step) % NUM_PORTS),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(10_000 + (job * 7 + step) % 20_000),
     }
 
 

@@ -136,13 +136,17 @@ class StepMeter:
         world_size = dist.get_world_size()
         metrics: dict[str, Any] = dict(zip(AVERAGED, (totals[:-1] / world_size).tolist(), strict=True))
         rate = self._samples * world_size / self._seconds
+        if self._device.type == "cuda":
+            peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # resident in the process
         metrics |= {
             "grad_norm": sum(report.grad_norm for report in self._applied) / len(self._applied),
             "lr": self._applied[-1].learning_rate,
             "samples_per_second": rate,
             "tokens_per_second": rate * self._num_tokens,
             "data_wait_fraction": (self._loader.wait_seconds - self._waited) / self._seconds,
-            "memory_gb": peak_memory_gb(self._device),
+            "memory_gb": peak_bytes / 2**30,
             **self._spread(),
         }
         if bad_samples := int(totals[-1]):
@@ -180,10 +184,3 @@ class StepMeter:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this rank in GiB: allocated on the GPU, or resident in the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

@@ -44,10 +44,10 @@ class MetricsWriter:
 
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps, which will be taken again."""
-        from torch.utils.tensorboard import SummaryWriter
-
         if self._rank > 0:
             return
+        from torch.utils.tensorboard import SummaryWriter
+
         self.close()
         path = self._run_dir / METRICS
         drop_lines_after(path, step)
