@@ -27,7 +27,7 @@ from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.encoders.registry import ENCODERS
 from blip3o_ds.evaluation.metrics import METRICS, Metric
 from blip3o_ds.evaluation.report import evaluate, format_table
-from blip3o_ds.flow.build import build_flow
+from blip3o_ds.flow.flow import build_flow
 from blip3o_ds.flow.path import PATHS, Path
 from blip3o_ds.flow.solvers import sample
 from blip3o_ds.model.dit import DiT
@@ -155,7 +155,7 @@ def _python(tree, interpret: str, *arguments: str) -> str:
 
 
 def test_add_a_metric(monkeypatch, dataset):
-    monkeypatch.setitem(METRICS, "worst_similarity", Metric("worst", lambda c: c.similarity.min()))
+    monkeypatch.setitem(METRICS, "worst_similarity", Metric("worst", lambda c: c.column("similarity").min()))
     config, normalizer = build_run_config({"model": MODEL, "eval": {"sampler": {"steps": 1}}}), Normalizer("minimal")
     baselines = fit_baselines(dataset, normalizer)
     flow, model = build_flow(config), DiT(config.model).eval()

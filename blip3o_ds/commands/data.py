@@ -72,7 +72,7 @@ def run_convert(args: argparse.Namespace) -> dict[str, Any]:
         samples_per_shard=args.samples_per_shard,
     )
     if is_dataset(args.src) and result["source_dtype"] != args.dtype:
-        from blip3o_ds.evaluation.storage import ridge_cost
+        from blip3o_ds.baselines import ridge_cost
 
         result["cost"]["ridge"] = ridge_cost(args.src, args.dst, args.training_mode)
     return show(result)

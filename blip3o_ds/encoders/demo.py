@@ -12,6 +12,7 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,16 @@ CROP_PIXELS = 512
 SAMPLES_PER_SHARD = 64
 _MIN_SCALE = 0.25  # of the short side of the photograph
 
-# Package, folder in it, files. The two motorcycles show one scene from two viewpoints, so both are in one split.
-SEEN = (
-    ("skimage", "data", "astronaut.png brick.png cell.png chelsea.png clock_motion.png coins.png grass.png"),
-    (
-        "skimage",
-        "data",
-        "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg",
-    ),
-    ("sklearn", "datasets/images", "china.jpg"),
-)
-HELD_OUT = (
-    ("skimage", "data", "camera.png coffee.png gravel.png rocket.jpg"),
-    ("sklearn", "datasets/images", "flower.jpg"),
-)
+# Folder in a package -> files. The two motorcycles show one scene from two viewpoints, so both are in one split.
+SEEN = {
+    "skimage/data": "astronaut.png brick.png cell.png chelsea.png clock_motion.png coins.png grass.png "
+    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg",
+    "sklearn/datasets/images": "china.jpg",
+}
+HELD_OUT = {
+    "skimage/data": "camera.png coffee.png gravel.png rocket.jpg",
+    "sklearn/datasets/images": "flower.jpg",
+}
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
@@ -66,8 +63,7 @@ class Crop:
         return f"{self.image}_{self.number:04d}"
 
     @property
-    def box(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom, as in PIL."""
+    def box(self) -> tuple[int, int, int, int]:  # left, top, right and bottom, as in PIL
         return (self.left, self.top, self.left + self.side, self.top + self.side)
 
 
@@ -83,28 +79,31 @@ def build_demo(
     """Write the datasets `dst/train`, `dst/heldout_crops` and `dst/heldout_images`.
 
     A call that was interrupted can be repeated, and continues. Returns for each split what `encode_images` returns, and
-    `seconds` for all.
-
-    Raises:
-        DataError: the packages with the photographs are missing, or `dst` was started with other arguments.
-        EncoderError: the packages with the weights are missing.
+    `seconds` for all. Raises DataError or EncoderError for a missing package, and DataError for other arguments than
+    `dst` was started with.
     """
     started = time.monotonic()
     dst = Path(dst)
     sizes = dict(zip(SPLITS, (train_crops, heldout_crops, heldout_image_crops), strict=True))
     seen, held_out = open_photographs(SEEN), open_photographs(HELD_OUT)
-    _claim(dst, {**sizes, "seed": seed})
-    plan = plan_crops(
-        {name: image.size for name, image in seen.items()},
-        {name: image.size for name, image in held_out.items()},
-        sizes,
-        seed,
-    )
+    photographs = seen | held_out
+    arguments = {**sizes, "seed": seed}
+    path = dst / "demo.json"  # refuses to mix the crops with those of other arguments
+    if not path.exists():
+        dst.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, arguments)
+    elif (found := read_json(path)) != arguments:
+        raise DataError(f"{dst} holds a demo set made with {found}, not {arguments}; name another folder or empty it")
+    pixels = {name: image.size for name, image in photographs.items()}
+    plan = plan_crops({name: pixels[name] for name in seen}, {name: pixels[name] for name in held_out}, sizes, seed)
     condition, target = load_encoder(CONDITION, device=device), load_encoder(TARGET, device=device)
     result: dict[str, Any] = {}
     for split, crops in plan.items():
         logger.info("demo set, %s: %d crops", split, len(crops))
-        records = _records(crops, seen | held_out)
+        records = [
+            ImageRecord(crop.key, crop.key, number / len(crops), partial(_load_crop, crop, photographs[crop.image]))
+            for number, crop in enumerate(crops, start=1)
+        ]
         result[split] = encode_images(records, dst / split, condition, target, samples_per_shard=SAMPLES_PER_SHARD)
     return {**result, "seconds": time.monotonic() - started}
 
@@ -119,20 +118,14 @@ def plan_crops(
     """
     drawn: dict[str, list[Crop]] = {name: [] for name in [*seen, *held_out]}
 
-    def draw(photographs: dict[str, tuple[int, int]], count: int) -> list[Crop]:
-        names = list(photographs)
-        crops = []
-        for turn in range(count):
-            name = names[turn % len(names)]
-            crops.append(_draw_crop(name, photographs[name], drawn[name], seed))
-            drawn[name].append(crops[-1])
-        return crops
-
-    return {
-        "train": draw(seen, sizes["train"]),
-        "heldout_crops": draw(seen, sizes["heldout_crops"]),
-        "heldout_images": draw(held_out, sizes["heldout_images"]),
-    }
+    plan: dict[str, list[Crop]] = {}
+    for split, photographs in zip(SPLITS, (seen, seen, held_out), strict=True):
+        plan[split] = []
+        for name, size in islice(cycle(photographs.items()), sizes[split]):
+            crop = _draw_crop(name, size, drawn[name], seed)
+            drawn[name].append(crop)
+            plan[split].append(crop)
+    return plan
 
 
 def _draw_crop(name: str, size: tuple[int, int], drawn: list[Crop], seed: int) -> Crop:
@@ -150,45 +143,23 @@ def _draw_crop(name: str, size: tuple[int, int], drawn: list[Crop], seed: int) -
             return crop
 
 
-def open_photographs(sources: tuple[tuple[str, str, str], ...]) -> dict[str, Image.Image]:
+def open_photographs(sources: dict[str, str]) -> dict[str, Image.Image]:
     photographs = {}
-    for package, folder, files in sources:
-        root = _package_folder(package) / folder
+    for source, files in sources.items():
+        package, _, folder = source.partition("/")
+        distribution = _DISTRIBUTIONS[package]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise DataError(f"the demo set needs the photographs in {distribution}: pip install 'blip3o-ds[demo]'")
         for file in files.split():
-            path = root / file
+            path = Path(spec.origin).parent / folder / file
             if not path.exists():
                 raise DataError(
-                    f"{path}: this photograph is not in the installed {_DISTRIBUTIONS[package]}; "
+                    f"{path}: this photograph is not in the installed {distribution}; "
                     "install the versions of constraints.txt"
                 )
             photographs[path.stem] = decode_image(path.read_bytes())
     return photographs
-
-
-def _package_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            f"the demo set needs the photographs in {_DISTRIBUTIONS[package]}: pip install 'blip3o-ds[demo]'"
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
-def _claim(dst: Path, arguments: dict[str, int]) -> None:
-    """Record the arguments in `dst`, or refuse to mix its crops with those of other arguments."""
-    path = dst / "demo.json"
-    if not path.exists():
-        dst.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(path, arguments)
-    elif (found := read_json(path)) != arguments:
-        raise DataError(f"{dst} holds a demo set made with {found}, not {arguments}; name another folder or empty it")
-
-
-def _records(crops: list[Crop], photographs: dict[str, Image.Image]) -> list[ImageRecord]:
-    return [
-        ImageRecord(crop.key, crop.key, number / len(crops), partial(_load_crop, crop, photographs[crop.image]))
-        for number, crop in enumerate(crops, start=1)
-    ]
 
 
 def _load_crop(crop: Crop, photograph: Image.Image) -> tuple[Image.Image, dict[str, Any]]:

@@ -10,7 +10,6 @@ import importlib
 import pickle
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +18,25 @@ from torch import Tensor, nn
 from blip3o_ds.encoders.encoder import EncoderSpec, LoadOptions
 from blip3o_ds.errors import EncoderError
 
-PACKAGE = "package:"
+PACKAGE = "package:"  # weights in an installed package: `package:module:Class`
 IMAGE_SIZE = 512
 
 
 def _load(architecture: str, with_head: bool, spec: EncoderSpec, options: LoadOptions) -> nn.Module:
     """An EfficientNet (Tan & Le 2019) up to its last block or with its 1x1 head: [B, 3, 512, 512] -> [B, 256, D]."""
-    return _PatchGrid(_load_network(architecture, options), with_head=with_head).to(options.device, options.dtype)
+    # The padding of every strided convolution is computed from the image size at construction.
+    network = _import("efficientnet_lite_pytorch").EfficientNet.from_name(architecture, image_size=IMAGE_SIZE)
+    path = options.weights
+    if path.startswith(PACKAGE):
+        module, class_name = path.removeprefix(PACKAGE).split(":")
+        path = getattr(_import(module), class_name).get_model_file_path()
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        raise EncoderError(
+            f"{path}: not the weights of {architecture}; expected a state dict that fits strictly ({error})"
+        ) from error
+    return _PatchGrid(network, with_head=with_head).to(options.device, options.dtype)
 
 
 LITE2_HEAD = EncoderSpec(
@@ -57,8 +68,7 @@ class _PatchGrid(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         self.blocks = nn.Sequential(*network._blocks)
-        head = (network._conv_head, network._bn1, network._swish) if with_head else ()
-        self.head = nn.Sequential(*head)
+        self.head = nn.Sequential(*([network._conv_head, network._bn1, network._swish] if with_head else []))
         self.eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
 
@@ -75,34 +85,9 @@ class _PatchGrid(nn.Module):
         return features.flatten(2).transpose(1, 2)
 
 
-def _load_network(architecture: str, options: LoadOptions) -> Any:
+def _import(module: str) -> Any:
     try:
-        from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]  # it has no type hints
+        return importlib.import_module(module)
     except ImportError as error:
-        raise _missing_package("efficientnet-lite-pytorch") from error
-    # The padding of every strided convolution is computed from the image size at construction.
-    network = EfficientNet.from_name(architecture, image_size=IMAGE_SIZE)
-    path = _weights_path(options.weights)
-    try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
-    except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        raise EncoderError(
-            f"{path}: not the weights of {architecture}; expected a state dict that fits strictly ({error})"
-        ) from error
-    return network
-
-
-def _weights_path(weights: str) -> Path:
-    """The path of a file, or of the file in an installed package: `package:module:Class`."""
-    if not weights.startswith(PACKAGE):
-        return Path(weights)
-    module_name, class_name = weights.removeprefix(PACKAGE).split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise _missing_package(module_name.replace("_", "-")) from error
-    return Path(getattr(module, class_name).get_model_file_path())
-
-
-def _missing_package(name: str) -> EncoderError:
-    return EncoderError(f"the demo encoders need the package {name}: pip install 'blip3o-ds[demo]'")
+        package = module.replace("_", "-")
+        raise EncoderError(f"the demo encoders need the package {package}: pip install 'blip3o-ds[demo]'") from error

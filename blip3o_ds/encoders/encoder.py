@@ -20,7 +20,7 @@ from blip3o_ds.errors import EncoderError
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The arguments of a spec's `load`: which weights, where to, and whether code that comes with them may run."""
+    """Which weights a spec's `load` reads, where to, and whether code that comes with them may run."""
 
     weights: str
     device: torch.device
@@ -63,13 +63,13 @@ class EncoderSpec:
             raise EncoderError(f"{self.name} has no CLS token: ask for patch_only, or choose another encoder")
 
 
+@dataclass(frozen=True)
 class PatchEncoder:
     """A loaded encoder; a call returns the tokens of images in a given layout."""
 
-    def __init__(self, spec: EncoderSpec, network: nn.Module, options: LoadOptions) -> None:
-        self.spec = spec
-        self.options = options
-        self._network = network
+    spec: EncoderSpec
+    _network: nn.Module
+    options: LoadOptions
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """An image as the network's input, fp32 [3, H, W]: resized, centre cropped, normalised."""
@@ -84,11 +84,8 @@ class PatchEncoder:
     def __call__(self, images: Tensor, token_layout: TokenLayout = "patch_only") -> Tensor:
         """The tokens of `images` [B, 3, H, W], on the encoder's device and in its dtype.
 
-        Returns:
-            [B, grid², D] for `patch_only`, and [B, 1 + grid², D] with CLS first for `cls_patch`.
-
-        Raises:
-            EncoderError: the encoder has no CLS token, or its output has another shape than its spec says.
+        They are [B, grid², D] for `patch_only`, and [B, 1 + grid², D] with CLS first for `cls_patch`. Raises
+        EncoderError if there is no CLS token, or the output has another shape than the spec says.
         """
         self.spec.require_layout(token_layout)
         tokens: Tensor = self._network(images.to(self.options.device, self.options.dtype))  # [B, N, D]

@@ -25,7 +25,7 @@ from torch import Tensor
 from blip3o_ds.data.format.schema import DatasetSpec, StorageDType, TokenLayout
 from blip3o_ds.data.format.writer import BusyFolder, DatasetWriter
 from blip3o_ds.encoders.encoder import EncoderSpec, PatchEncoder
-from blip3o_ds.encoders.images import ImagePart, ImageRecord, image_parts
+from blip3o_ds.encoders.images import ImageRecord, image_parts
 from blip3o_ds.encoders.parts import BROKEN_NAME, Extraction
 from blip3o_ds.encoders.registry import find_spec, load_encoder
 from blip3o_ds.errors import DataError, EncoderError
@@ -61,13 +61,9 @@ def extract(
     the dataset does not depend on the number of processes. They share nothing but the file system, so they need not
     run at the same time. `dtype` is the dtype of the stored embeddings.
 
-    Returns:
-        This process's counts `written`, `skipped_existing` and `broken`, its `seconds`, `samples` of the finished
-        dataset, and `parts_left` of all processes: 0 when the dataset is finished.
-
-    Raises:
-        EncoderError: the encoders do not fit together or cannot be loaded.
-        DataError: there is no usable image, `dst` holds another dataset, or a part cannot be read (after all others).
+    Returns this process's counts `written`, `skipped_existing` and `broken`, its `seconds`, `samples` of the finished
+    dataset, and `parts_left` of all processes: 0 when it is finished. Raises EncoderError for encoders that do not fit
+    together, and DataError without usable images, for another dataset in `dst`, and at the end for a damaged part.
     """
     spec = _dataset_spec(find_spec(condition), find_spec(target), token_layout, dtype)  # before gigabytes are loaded
     parts = image_parts(images, samples_per_shard * _SHARDS_PER_PART)
@@ -75,7 +71,7 @@ def extract(
         "condition_weights": condition_weights or find_spec(condition).weights,
         "target_weights": target_weights or find_spec(target).weights,
     }
-    job = Extraction(Path(dst), spec, samples_per_shard, weights, [(part.name, part.size) for part in parts])
+    job = Extraction(Path(dst), spec, samples_per_shard, weights, parts)
     todo = job.begin(range(rank, len(parts), world_size))
     logger.info("process %d of %d has %d of %d parts to encode", rank, world_size, len(todo), len(parts))
     counts = _Counts([parts[number].size for number in todo])
@@ -90,22 +86,16 @@ def extract(
             batch_size=batch_size,
             counts=counts,
         )
-        _encode_parts(job, parts, todo, counts, encode)
+        _encode_parts(job, todo, counts, encode)
     job.finish_if_last()
     return {**counts.summary(), "samples": job.num_samples(), "parts_left": job.parts_left()}
 
 
-def _encode_parts(
-    job: Extraction,
-    parts: Sequence[ImagePart],
-    todo: Sequence[int],
-    counts: _Counts,
-    encode: Callable[[Iterable[ImageRecord], Path], dict[str, Any]],
-) -> None:
+def _encode_parts(job: Extraction, todo: Sequence[int], counts: _Counts, encode: Callable[..., dict[str, Any]]) -> None:
     """Encode the missing parts; one that cannot be read does not stop the others."""
     failures: list[DataError] = []
     for number in todo:
-        part = parts[number]
+        part = job.parts[number]
         try:
             done = encode(part.records(), job.part_folder(number))
             result = {"samples": done["written"] + done["skipped_existing"], "broken": done["broken"]}
@@ -121,7 +111,7 @@ def _encode_parts(
         finally:
             counts.end_part()
         job.mark_done(number, result)
-        logger.info("part %s is done; %d of %d parts left in all", part.name, job.parts_left(), len(parts))
+        logger.info("part %s is done; %d of %d parts left in all", part.name, job.parts_left(), len(job.parts))
     if failures:
         raise DataError(
             f"{len(failures)} of {len(todo)} parts could not be encoded, the others are done; the first: {failures[0]}"
@@ -156,19 +146,18 @@ def encode_images(
     extra = {"condition_weights": condition.options.weights, "target_weights": target.options.weights}
     with DatasetWriter(dst, spec, samples_per_shard=samples_per_shard, extra=extra, resume=True) as writer:
         todo = _without_existing(records, writer.done_keys(), counts)
-        decoded = _without_broken(_decode_ahead(todo, condition, target, 2 * batch_size), dst / BROKEN_NAME, counts)
+        decode = partial(_decode, condition=condition, target=target)
+        decoded = _decode_ahead(todo, decode, 2 * batch_size, dst / BROKEN_NAME, counts)
         with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
-            writing: Future[None] | None = None
+            writing: Future[None] = background.submit(lambda: None)
             while batch := list(islice(decoded, batch_size)):
                 tensors = {
                     "eva": condition(torch.stack([image.condition for image in batch]), token_layout).cpu(),
                     "clip": target(torch.stack([image.target for image in batch]), token_layout).cpu(),
                 }
-                if writing:
-                    writing.result()
-                writing = background.submit(_write, writer, batch, tensors, counts)
-            if writing:
                 writing.result()
+                writing = background.submit(_write, writer, batch, tensors, counts)
+            writing.result()
         done = {name: value - before[name] for name, value in counts.summary().items()}
         if not done["written"] + done["skipped_existing"]:
             raise NothingUsable(f"{dst}: no image could be used ({done['broken']} broken); see {BROKEN_NAME} in it")
@@ -179,21 +168,13 @@ def _dataset_spec(
     condition: EncoderSpec, target: EncoderSpec, token_layout: TokenLayout, dtype: StorageDType
 ) -> DatasetSpec:
     if condition.grid_size != target.grid_size:
-        raise EncoderError(
-            f"a pair needs the same grid of patches: {condition.name} gives {condition.grid_size}x"
-            f"{condition.grid_size}, {target.name} {target.grid_size}x{target.grid_size}"
-        )
+        left, right = (f"{spec.grid_size}x{spec.grid_size}" for spec in (condition, target))
+        raise EncoderError(f"a pair needs one grid of patches: {condition.name} gives {left}, {target.name} {right}")
     condition.require_layout(token_layout)
     target.require_layout(token_layout)
-    return DatasetSpec.pair(
-        num_tokens=condition.grid_size**2 + int(token_layout == "cls_patch"),
-        token_layout=token_layout,
-        eva_dim=condition.embed_dim,
-        clip_dim=target.embed_dim,
-        dtype=dtype,
-        condition_encoder=condition.name,
-        target_encoder=target.name,
-    )
+    num_tokens = condition.grid_size**2 + int(token_layout == "cls_patch")
+    dims, names = (condition.embed_dim, target.embed_dim), (condition.name, target.name)
+    return DatasetSpec.pair(num_tokens, token_layout, *dims, dtype, *names)
 
 
 @dataclass(frozen=True)
@@ -206,12 +187,8 @@ class _Decoded:
     meta: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Broken:
-    """An image that cannot be decoded."""
-
-    record: ImageRecord
-    fault: str
+class _Broken(Exception):
+    """An image that cannot be decoded, and why."""
 
 
 def _without_existing(records: Iterable[ImageRecord], done: set[str], counts: _Counts) -> Iterator[ImageRecord]:
@@ -223,47 +200,44 @@ def _without_existing(records: Iterable[ImageRecord], done: set[str], counts: _C
 
 
 def _decode_ahead(
-    records: Iterable[ImageRecord], condition: PatchEncoder, target: PatchEncoder, lookahead: int
-) -> Iterator[_Decoded | _Broken]:
-    """Decode in threads, at most `lookahead` images in advance, and yield in the order of the records."""
-    pending: deque[Future[_Decoded | _Broken]] = deque()
+    records: Iterable[ImageRecord],
+    decode: Callable[[ImageRecord], _Decoded],
+    lookahead: int,
+    path: Path,
+    counts: _Counts,
+) -> Iterator[_Decoded]:
+    """Decode in threads, at most `lookahead` images in advance, in their order; `path` lists the broken ones."""
+    path.unlink(missing_ok=True)  # every run meets all broken images again
     available = len(os.sched_getaffinity(0))  # a scheduler may give this process fewer cores than the machine has
     pool = ThreadPoolExecutor(min(_MAX_DECODE_THREADS, available), thread_name_prefix="decode")
+    submitted = ((record, pool.submit(decode, record)) for record in records)
     try:
-        for record in records:
-            pending.append(pool.submit(_decode, record, condition, target))
-            if len(pending) >= lookahead:
-                yield pending.popleft().result()
+        pending = deque(islice(submitted, lookahead))
         while pending:
-            yield pending.popleft().result()
+            record, future = pending.popleft()
+            try:
+                yield future.result()
+            except _Broken as fault:
+                counts.broken += 1
+                logger.warning("skipped %s: %s", record.source, fault)
+                entry = {"key": record.key, "source": record.source, "fault": str(fault)}
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+            pending.extend(islice(submitted, 1))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _decode(record: ImageRecord, condition: PatchEncoder, target: PatchEncoder) -> _Decoded | _Broken:
+def _decode(record: ImageRecord, condition: PatchEncoder, target: PatchEncoder) -> _Decoded:
     try:
         image, meta = record.load()
         if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(f"{image.size[0]}x{image.size[1]} pixels are a strip, not an image")
     except Exception as error:  # decoders raise almost anything on a damaged file; it is reported, not lost
-        return _Broken(record, f"{type(error).__name__}: {error}")
+        raise _Broken(f"{type(error).__name__}: {error}") from None
     inputs = condition.preprocess(image)
     same = condition.spec.input_format == target.spec.input_format
     return _Decoded(record, inputs, inputs if same else target.preprocess(image), meta)
-
-
-def _without_broken(images: Iterable[_Decoded | _Broken], path: Path, counts: _Counts) -> Iterator[_Decoded]:
-    """The decoded images; the broken ones are listed in the file `path`."""
-    path.unlink(missing_ok=True)  # every run meets all broken images again
-    for image in images:
-        if isinstance(image, _Decoded):
-            yield image
-            continue
-        counts.broken += 1
-        logger.warning("skipped %s: %s", image.record.source, image.fault)
-        entry = {"key": image.record.key, "source": image.record.source, "fault": image.fault}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def _write(writer: DatasetWriter, batch: list[_Decoded], tensors: dict[str, Tensor], counts: _Counts) -> None:

@@ -1,7 +1,7 @@
 """EVA-CLIP-8B and CLIP ViT-L/14 through `transformers`, from a hub name or a folder.
 
-Both give the last hidden state of the vision tower, before any final norm or projection: 257 tokens, CLS first. The
-network of EVA-CLIP is Python code in the repository of its weights, and runs only with explicit consent.
+Both give the last hidden state of the vision tower, before any final norm or projection: 257 tokens, CLS first, then
+16x16 patches row by row. The network of EVA-CLIP is code beside its weights, and runs only with explicit consent.
 """
 
 from __future__ import annotations
@@ -18,27 +18,20 @@ from blip3o_ds.errors import EncoderError
 
 
 def load_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
-    """The vision tower of CLIP ViT-L/14 (Radford et al. 2021): [B, 3, 224, 224] -> [B, 257, 1024].
-
-    Token 0 is CLS, the others are the 16x16 patches row by row; the last hidden state, without post-layernorm.
-    """
-    model, missing = _from_pretrained("CLIPVisionModel", spec, options, trust_remote_code=False)
+    """The vision tower of CLIP ViT-L/14 (Radford et al. 2021): [B, 3, 224, 224] -> [B, 257, 1024]."""
+    model, missing = _from_pretrained("CLIPVisionModel", spec, options)
     _require_weights(spec, options, missing)
     return _LastHiddenState(model).to(options.device)
 
 
 def load_eva_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
-    """The vision tower of EVA-CLIP-8B (Sun et al. 2024): [B, 3, 224, 224] -> [B, 257, 4096].
-
-    Token 0 is CLS, the others are the 16x16 patches row by row; the last hidden state, without post-layernorm. Raises
-    EncoderError without `trust_remote_code`, since the network's code is downloaded with its weights.
-    """
+    """The vision tower of EVA-CLIP-8B (Sun et al. 2024): [B, 3, 224, 224] -> [B, 257, 4096]."""
     if not options.trust_remote_code:
         raise EncoderError(
             f"{spec.name}: {options.weights} brings its own Python code, which would run here; read that code, then "
             "allow it with trust_remote_code (--trust_remote_code on the command line)"
         )
-    model, missing = _from_pretrained("AutoModel", spec, options, trust_remote_code=True)
+    model, missing = _from_pretrained("AutoModel", spec, options)
     tower = getattr(model, "vision_model", None)
     if not isinstance(tower, nn.Module) or not hasattr(tower, "config"):
         raise EncoderError(
@@ -82,19 +75,15 @@ class _LastHiddenState(nn.Module):
         return cast(Tensor, output.last_hidden_state)  # [B, N, D]
 
 
-def _from_pretrained(
-    class_name: str, spec: EncoderSpec, options: LoadOptions, trust_remote_code: bool
-) -> tuple[nn.Module, set[str]]:
+def _from_pretrained(class_name: str, spec: EncoderSpec, options: LoadOptions) -> tuple[nn.Module, set[str]]:
     """The model, and the names of the parameters and saved buffers that are not in its weights file."""
     try:
         import transformers
     except ImportError as error:
         raise EncoderError(f"{spec.name} needs the package transformers: pip install 'blip3o-ds[extract]'") from error
-    model_class = getattr(transformers, class_name)
+    arguments = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code, "output_loading_info": True}
     try:
-        model, loading = model_class.from_pretrained(
-            options.weights, dtype=options.dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        model, loading = getattr(transformers, class_name).from_pretrained(options.weights, **arguments)
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise EncoderError(
             f"{spec.name}: cannot load {options.weights}: {error}. Name a folder that holds the model (config.json and "

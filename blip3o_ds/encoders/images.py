@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +23,6 @@ from PIL import Image, ImageOps
 from blip3o_ds.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_TAR_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -57,53 +56,46 @@ def image_parts(images: str | Path, files_per_part: int) -> list[ImagePart]:
 
     In a tar, as in webdataset, a sample is `<key>.jpg|jpeg|png|webp` with an optional `<key>.txt` (caption) and
     `<key>.json` (metadata); in a folder, caption and metadata have the name of the image with that suffix. A key is
-    the name of the image, after the name of its tar in a folder of tars.
-
-    Raises:
-        DataError: the path holds neither tars nor images, or both; later, a damaged tar.
+    the name of the image, after the name of its tar in a folder of tars. Raises DataError for a path that holds
+    neither tars nor images, or both; later, for a damaged tar.
     """
     images = Path(images)
     if images.is_file() and images.suffix == ".tar":
         return [_tar_part(images, images.name, container="")]
     if not images.is_dir():
         raise DataError(f"{images}: expected a folder of images, a folder of tars, or one .tar; found none of them")
-    files = _files_below(images)
-    tars = [path for path in files if path.suffix == ".tar"]
-    pictures = [path for path in files if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES]
+    names = sorted(
+        (Path(parent) / name).relative_to(images)
+        for parent, _, found in os.walk(images)
+        for name in found
+        if name[0] != "."
+    )
+    tars = [name for name in names if name.suffix == ".tar"]
+    pictures = [name for name in names if name.suffix.lower().lstrip(".") in IMAGE_SUFFIXES]
     if tars and pictures:
         raise DataError(f"{images}: holds both tars ({tars[0].name}, …) and images ({pictures[0].name}, …); name one")
     if tars:
-        names = [tar.relative_to(images).as_posix() for tar in tars]
-        return [_tar_part(*part) for part in zip(tars, names, _container_keys(names), strict=True)]
+        containers = zip(tars, _container_keys([tar.as_posix() for tar in tars]), strict=True)
+        return [_tar_part(images / tar, tar.as_posix(), container) for tar, container in containers]
     if pictures:
-        return _folder_parts(images, pictures, files_per_part)
+        return _folder_parts(images, [picture.as_posix() for picture in pictures], files_per_part)
     raise DataError(f"{images}: no image found; expected .{', .'.join(IMAGE_SUFFIXES)} files or webdataset .tar files")
 
 
-def _files_below(folder: Path) -> list[Path]:
-    found = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names if name[0] != "."]
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
-
-
-def _folder_parts(folder: Path, pictures: list[Path], files_per_part: int) -> list[ImagePart]:
+def _folder_parts(folder: Path, names: list[str], files_per_part: int) -> list[ImagePart]:
     keys = _KeyMaker()
     # Before the files are divided, since a key must not depend on the size of the parts.
-    keyed = [(keys.make(path.relative_to(folder).with_suffix("").as_posix()), path) for path in pictures]
+    keyed = [(keys.make(os.path.splitext(name)[0]), name) for name in names]
+    parts = [keyed[start : start + files_per_part] for start in range(0, len(keyed), files_per_part)]
     return [
-        _folder_part(folder, keyed[start : start + files_per_part]) for start in range(0, len(keyed), files_per_part)
+        ImagePart(f"{part[0][1]} to {part[-1][1]}", len(part), partial(_folder_records, folder, part)) for part in parts
     ]
 
 
-def _folder_part(folder: Path, keyed: list[tuple[str, Path]]) -> ImagePart:
-    def records() -> Iterator[ImageRecord]:
-        for number, (key, path) in enumerate(keyed, start=1):
-            name = path.relative_to(folder).as_posix()
-            yield ImageRecord(
-                key, source=str(path), progress=number / len(keyed), load=partial(_load_files, path, name)
-            )
-
-    first, last = (keyed[i][1].relative_to(folder).as_posix() for i in (0, -1))
-    return ImagePart(f"{first} to {last}", len(keyed), records)
+def _folder_records(folder: Path, keyed: list[tuple[str, str]]) -> Iterator[ImageRecord]:
+    for number, (key, name) in enumerate(keyed, start=1):
+        path = folder / name
+        yield ImageRecord(key, str(path), number / len(keyed), partial(_load_files, path, name))
 
 
 def _load_files(path: Path, name: str) -> tuple[Image.Image, dict[str, Any]]:
@@ -125,7 +117,7 @@ def _tar_part(tar: Path, name: str, container: str) -> ImagePart:
             yield ImageRecord(
                 key=f"{container}_{key}" if container else key,
                 source=f"{tar}:{sample}.{suffix}",
-                progress=members[suffix].end / size,
+                progress=(members[suffix].offset_data + members[suffix].size) / size,
                 load=partial(_load_members, tar, members, suffix, f"{tar.name}/{sample}.{suffix}"),
             )
 
@@ -142,62 +134,41 @@ def _container_keys(names: list[str]) -> list[str]:
     return made
 
 
-@dataclass(frozen=True)
-class _Member:
-    """Where the content of a member is in its tar."""
-
-    start: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.size
-
-
-def _samples_of(tar: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
+def _samples_of(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """The samples of a tar: consecutive members whose names are equal up to the first dot, by the rest of the name."""
-    name = ""
-    members: dict[str, _Member] = {}
-    for path, member in _members_of(tar):
-        stem, _, suffix = path.name.partition(".")
-        prefix = (path.parent / stem).as_posix()
-        if prefix != name and members:
-            yield name, members
-            members = {}
-        name = prefix
-        members[suffix.lower()] = member
-    if members:
-        yield name, members
+    for name, members in groupby(_members_of(tar), key=lambda member: _split(member)[0]):
+        yield name, {_split(member)[1]: member for member in members}
 
 
-def _members_of(tar: Path) -> Iterator[tuple[PurePosixPath, _Member]]:
+def _split(member: tarfile.TarInfo) -> tuple[str, str]:
+    path = PurePosixPath(member.name)
+    stem, _, suffix = path.name.partition(".")
+    return (path.parent / stem).as_posix(), suffix.lower()
+
+
+def _members_of(tar: Path) -> Iterator[tarfile.TarInfo]:
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header of a large tar
-                path = PurePosixPath(member.name)
-                if member.isfile() and not path.name.startswith("."):
-                    yield path, _Member(member.offset_data, member.size)
-            _require_end(tar, archive.offset)
+                if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
+                    yield member
+            # tarfile takes a damaged header for the end of the archive; zeros or nothing follow the true end.
+            file.seek(archive.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):
+                raise DataError(f"{tar}: damaged at byte {archive.offset}: expected a member or the end of the archive")
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{tar}: not a readable, uncompressed tar ({error}); repair or remove it") from error
 
 
-def _require_end(tar: Path, offset: int) -> None:
-    """Refuse a damaged header, which tarfile takes for the end of the archive; zeros or nothing follow the true end."""
+def _load_members(
+    tar: Path, members: dict[str, tarfile.TarInfo], suffix: str, name: str
+) -> tuple[Image.Image, dict[str, Any]]:
+    wanted: dict[str, bytes] = {}
     with open(tar, "rb") as file:
-        file.seek(offset)
-        if any(file.read(_TAR_BLOCK)):
-            raise DataError(f"{tar}: damaged at byte {offset}: expected a member or the end of the archive")
-
-
-def _load_members(tar: Path, members: dict[str, _Member], suffix: str, name: str) -> tuple[Image.Image, dict[str, Any]]:
-    with open(tar, "rb") as file:
-        wanted = {}
-        for kind in (suffix, "txt", "json"):
-            if kind in members:
-                file.seek(members[kind].start)
-                wanted[kind] = file.read(members[kind].size)
+        for kind in members.keys() & {suffix, "txt", "json"}:
+            file.seek(members[kind].offset_data)
+            wanted[kind] = file.read(members[kind].size)
     return decode_image(wanted[suffix]), _parse_meta(wanted.get("txt"), wanted.get("json"), name)
 
 

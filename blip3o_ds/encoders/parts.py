@@ -6,11 +6,11 @@ moves their shards together and writes the manifest. Every step may be repeated,
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,15 +22,14 @@ from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from blip3o_ds.data.format.moments import merge_moments, moments_of_stats, no_moments, stats_of_moments
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import shard_paths
+from blip3o_ds.encoders.images import ImagePart
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write, atomic_write_json, fsync_dir, read_json
+from blip3o_ds.files import atomic_write_bytes, atomic_write_json, fsync_dir, read_json
 
 logger = logging.getLogger(__name__)
 
 BROKEN_NAME = "broken_images.jsonl"
 _PARTS = ".parts"
-_PLAN = "plan.json"
-_DONE_NAME = re.compile(r"part_\d{7}\.json")
 
 
 class Extraction:
@@ -46,25 +45,26 @@ class Extraction:
         spec: DatasetSpec,
         samples_per_shard: int,
         weights: dict[str, str],
-        parts: list[tuple[str, int]],
+        parts: list[ImagePart],
     ) -> None:
         self._dst = dst
+        self._manifest = dst / MANIFEST_NAME  # written last
         self._spec = spec
         self._weights = weights
-        self._num_parts = len(parts)
+        self.parts = parts
         self._plan = {
             "spec": spec.to_dict(),
             "samples_per_shard": samples_per_shard,
             **weights,
             "num_parts": len(parts),
-            "parts_sha256": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+            "parts_sha256": hashlib.sha256(json.dumps([(part.name, part.size) for part in parts]).encode()).hexdigest(),
         }
 
     def is_finished(self) -> bool:
         """Whether the dataset exists; raises DataError if another one does."""
-        if not (self._dst / MANIFEST_NAME).exists():
+        if not self._manifest.exists():
             return False
-        self._compare(Manifest.load(self._dst).extra.get("extraction"), self._dst / MANIFEST_NAME)
+        self._compare(Manifest.load(self._dst).extra.get("extraction"), self._manifest)
         return True
 
     def begin(self, numbers: Iterable[int]) -> list[int]:
@@ -74,7 +74,7 @@ class Extraction:
         """
         if self.is_finished():
             return []
-        path = self._dst / _PARTS / _PLAN
+        path = self._dst / _PARTS / "plan.json"
         if path.exists():
             self._compare(read_json(path), path)
         elif self._dst.is_dir() and shard_paths(self._dst):
@@ -95,19 +95,12 @@ class Extraction:
 
     def parts_left(self) -> int:
         """The number of parts that no process has finished; 0 once the dataset exists."""
-        if (self._dst / MANIFEST_NAME).exists():
-            return 0
-        try:
-            names = os.listdir(self._dst / _PARTS)
-        except FileNotFoundError:
-            if self.is_finished():  # by another process, just now
-                return 0
-            raise
-        return self._num_parts - sum(bool(_DONE_NAME.fullmatch(name)) for name in names)
+        done = glob.glob("part_*.json", root_dir=self._dst / _PARTS)
+        return 0 if self._manifest.exists() else len(self.parts) - len(done)
 
     def num_samples(self) -> int | None:
         """The size of the finished dataset; None before."""
-        return Manifest.load(self._dst).num_samples if (self._dst / MANIFEST_NAME).exists() else None
+        return Manifest.load(self._dst).num_samples if self._manifest.exists() else None
 
     def finish_if_last(self) -> None:
         """Join the parts if all are done; another process may be doing the same."""
@@ -128,7 +121,7 @@ class Extraction:
         shards: list[ShardInfo] = []
         moments = no_moments(self._spec)
         broken = b""
-        for number in range(self._num_parts):
+        for number in range(len(self.parts)):
             folder = self.part_folder(number)
             if (folder / BROKEN_NAME).exists():
                 broken += (folder / BROKEN_NAME).read_bytes()
@@ -142,8 +135,7 @@ class Extraction:
                 shards.append(replace(info, name=target.name))
             moments = merge_moments(moments, moments_of_stats(part.stats))
         if broken:
-            with atomic_write(self._dst / BROKEN_NAME) as file:
-                file.write(broken)
+            atomic_write_bytes(self._dst / BROKEN_NAME, broken)
         if not shards:
             raise DataError(f"{self._dst}: no image could be used; see {BROKEN_NAME} in it")
         fsync_dir(self._dst)

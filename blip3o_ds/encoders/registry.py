@@ -1,6 +1,6 @@
 """The encoders by name: `load_encoder("clip-vit-l14")`.
 
-An encoder pair is a file with a tuple of specs, and a line here.
+An encoder pair is a file with a tuple of specs, which is added to `ENCODERS` here.
 """
 
 from __future__ import annotations
@@ -13,13 +13,7 @@ from blip3o_ds.encoders import efficientnet, huggingface
 from blip3o_ds.encoders.encoder import EncoderSpec, LoadOptions, PatchEncoder
 from blip3o_ds.errors import EncoderError
 
-ENCODERS: dict[str, EncoderSpec] = {
-    spec.name: spec
-    for spec in (
-        *huggingface.ENCODERS,
-        *efficientnet.ENCODERS,
-    )
-}
+ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in huggingface.ENCODERS + efficientnet.ENCODERS}
 
 
 def load_encoder(
@@ -29,16 +23,10 @@ def load_encoder(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PatchEncoder:
-    """Load an encoder by its name in `ENCODERS`.
+    """Load an encoder by its name in `ENCODERS`; an EncoderError says why that is not possible.
 
-    Args:
-        weights: a hub name, folder or file; the spec's by default.
-        device: CUDA if available, by default.
-        dtype: by default fp32 on a CPU and the spec's `cuda_dtype` on CUDA.
-        trust_remote_code: allow code that comes with the weights to run.
-
-    Raises:
-        EncoderError: the name is unknown, the weights cannot be loaded, or they come with code that is not allowed.
+    By default the weights are the spec's, the device is CUDA if available, and the dtype is fp32 on a CPU and the
+    spec's `cuda_dtype` on CUDA. `trust_remote_code` allows code that comes with the weights to run.
     """
     spec = find_spec(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from blip3o_ds.config import SETTINGS
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.report import LEGEND, EvalResult, row_label, table_head, table_row
+from blip3o_ds.evaluation.report import LEGEND, EvalResult, row_label, table
 from blip3o_ds.files import read_json
 from blip3o_ds.settings import flatten
 
@@ -30,18 +30,14 @@ class Comparison:
     results: dict[str, dict[str, EvalResult]]  # split -> run -> result; only splits that all runs have
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        results = {
-            split: {name: result.to_dict() for name, result in runs.items()} for split, runs in self.results.items()
-        }
+        results = {split: {run: found.to_dict() for run, found in of.items()} for split, of in self.results.items()}
         return {"settings": self.settings, "evaluation": results}
 
 
 def compare(runs: Sequence[str | Path]) -> Comparison:
     """Read finished runs; a single one is its own table.
 
-    Raises:
-        CheckpointError: a folder is not a finished run, two have the same name, or they have no split in common.
+    Raises CheckpointError for a folder that is not a finished run, for equal names, and for no split in common.
     """
     folders = {Path(run).resolve().name: Path(run) for run in runs}
     if len(folders) < len(runs):
@@ -51,15 +47,9 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
     common = [split for split in next(iter(results.values())) if all(split in found for found in results.values())]
     if not common:
         stated = "; ".join(f"{name}: {', '.join(found)}" for name, found in results.items())
-        raise CheckpointError(
-            f"the runs were evaluated on no common split ({stated}); evaluate them with `blip3o-ds eval`"
-        )
-    return Comparison(
-        settings=_differences(settings),
-        results={
-            split: {name: EvalResult.from_dict(found[split]) for name, found in results.items()} for split in common
-        },
-    )
+        raise CheckpointError(f"the runs have no common split ({stated}); evaluate them with `blip3o-ds eval`")
+    evaluated = {split: {run: EvalResult.from_dict(of[split]) for run, of in results.items()} for split in common}
+    return Comparison(_differences(settings), evaluated)
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -67,17 +57,14 @@ def format_comparison(comparison: Comparison) -> str:
     runs = list(next(iter(comparison.results.values())))
     lines = ["settings that differ", *_settings_table(comparison.settings, runs)]
     for split, results in comparison.results.items():
-        labels = {
-            (name, reading): f"{name}: {row_label(reading, result.sampler)}"
+        first = next(iter(results.values()))  # the baselines depend on the data, not on the run
+        rows = {
+            f"{name}: {row_label(reading, result.sampler)}": result.readings.get(reading, {})
             for name, result in results.items()
             for reading in _MODEL_READINGS
         }
-        width = max(map(len, labels.values()))
-        lines += ["", f"{split} ({next(iter(results.values())).num_samples} images)", table_head(width)]
-        for (name, reading), label in labels.items():
-            lines.append(table_row(label, results[name].readings.get(reading, {}), width))
-        first = next(iter(results.values()))  # the baselines depend on the data, not on the run
-        lines += [table_row(row_label(name, first.sampler), first.readings.get(name, {}), width) for name in _BASELINES]
+        rows |= {row_label(name, first.sampler): first.readings.get(name, {}) for name in _BASELINES}
+        lines += ["", *table(f"{split} ({first.num_samples} images)", rows)]
     return "\n".join([*lines, "", LEGEND])
 
 
@@ -85,9 +72,8 @@ def _settings_table(settings: dict[str, dict[str, Any]], runs: list[str]) -> lis
     if not settings:
         return ["  none"]
     width = max(map(len, settings))
-    cells = {name: [str(values[run]) for run in runs] for name, values in settings.items()}
-    columns = [max(len(run), *(len(row[i]) for row in cells.values())) for i, run in enumerate(runs)]
-    rows = {"": runs, **cells}
+    rows = {"": runs} | {name: [str(values[run]) for run in runs] for name, values in settings.items()}
+    columns = [max(map(len, cells)) for cells in zip(*rows.values(), strict=True)]
     return [
         f"  {name:<{width}}" + "".join(f"  {cell:>{column}}" for cell, column in zip(row, columns, strict=True))
         for name, row in rows.items()
@@ -95,12 +81,11 @@ def _settings_table(settings: dict[str, dict[str, Any]], runs: list[str]) -> lis
 
 
 def _differences(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    first = next(iter(settings))
     names = sorted({name for found in settings.values() for name in found} - set(_PATHS))
     defaults = {name: SETTINGS[name].default for name in names if name in SETTINGS}  # of settings newer than a run
-    values = {name: {run: found.get(name, defaults.get(name)) for run, found in settings.items()} for name in names}
-    return {
-        name: row for name, row in values.items() if any(value != next(iter(row.values())) for value in row.values())
-    }
+    rows = {name: {run: found.get(name, defaults.get(name)) for run, found in settings.items()} for name in names}
+    return {name: row for name, row in rows.items() if any(value != row[first] for value in row.values())}
 
 
 def _read(run: Path, name: str, field: str) -> dict[str, Any]:

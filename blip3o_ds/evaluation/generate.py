@@ -5,7 +5,6 @@ The CLIP embeddings are the model's; all other tensors, keys, captions and the o
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,9 @@ from blip3o_ds.flow.solvers import sample
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.pretrained import Pretrained
 
-logger = logging.getLogger(__name__)
-
 
 def generate(
-    pretrained: Pretrained,
-    dataset: EmbeddingDataset,
-    dst: str | Path,
-    settings: EvalConfig,
-    source: str,
+    pretrained: Pretrained, dataset: EmbeddingDataset, dst: str | Path, settings: EvalConfig, source: str
 ) -> dict[str, Any]:
     """Generate an embedding for every sample of `dataset` and write them to the folder `dst`, whole or not at all.
 
@@ -37,13 +30,8 @@ def generate(
     name of the model. Embeddings are raw ones, except with normalisation `full`, which cannot be inverted. The noise
     of a sample depends only on the sampler's seed and the index, and is that of `evaluate`.
 
-    Returns:
-        `{"dataset": dst, "num_samples": n, "generated": {...}}`.
-
-    Raises:
-        ConfigError: there is no solver of that name.
-        FileExistsError: `dst` already holds something.
-        DataError: an embedding cannot be written, for example because it is not finite.
+    Returns `{"dataset": dst, "num_samples": n, "generated": {...}}`. Raises FileExistsError if `dst` holds something,
+    and DataError for an embedding that cannot be written, for example because it is not finite.
     """
     sampler, mode = settings.sampler, pretrained.normalizer.mode
     facts = {**sampler.model_dump(mode="json"), "normalization": mode, "source": source}

@@ -6,7 +6,6 @@ They are drawn from plain results: an `EvalResult` for each split, or the lines 
 from __future__ import annotations
 
 import io
-import json
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.report import READINGS, EvalResult, row_label
-from blip3o_ds.files import atomic_write_bytes
+from blip3o_ds.files import atomic_write_bytes, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +27,8 @@ _STYLES = {"posterior_mean": "-", "sampled": "--", "ridge": ":", "mean_embedding
 
 def plot_evaluation(results: dict[str, EvalResult], path: str | Path) -> None:
     """Bars of `clip_similarity`, not centred and centred, for each split and reading, as a PNG file."""
-    figure = _figure(width=max(9.0, 3.0 * len(results) + 4.0), height=4.6)
+    figure, axes = _figure(2, width=max(9.0, 3.0 * len(results) + 4.0), height=4.6, sharey=True)
     panels = {"clip_similarity": "not centred", "clip_similarity_centered": "training mean subtracted"}
-    axes = figure.subplots(1, 2, sharey=True)
     for ax, (metric, title) in zip(axes, panels.items(), strict=True):
         _bars(ax, results, metric)
         ax.set_title(f"{metric}\n({title})", fontsize=10)
@@ -42,24 +40,21 @@ def plot_evaluation(results: dict[str, EvalResult], path: str | Path) -> None:
 def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
     """Curves over the optimizer steps of a `metrics.jsonl`, as a PNG file.
 
-    Three panels: training `loss`, training `velocity_similarity`, and `clip_similarity` of each evaluation.
-
-    Raises:
-        DataError: the file is missing, holds a line that is not JSON, or has no training metrics yet.
+    Three panels: training `loss`, training `velocity_similarity`, and `clip_similarity` of each evaluation. Raises
+    DataError if the file is missing, holds a line that is not JSON, or has no training metrics yet.
     """
     lines = read_metrics(metrics_path)
-    train = [line for line in lines if line["kind"] == "train"]
+    train, evaluations = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
     if not train:
         raise DataError(f"{metrics_path} holds no training metrics yet, so there is no curve to draw")
-    figure = _figure(width=13.0, height=4.2)
-    axes = figure.subplots(1, 3)
+    figure, axes = _figure(3, width=13.0, height=4.2)
     for ax, name in zip(axes, ("loss", "velocity_similarity"), strict=False):
         steps, values = zip(*((line["step"], line[name]) for line in train), strict=True)
         ax.plot(steps, values, color=_COLOURS["posterior_mean"], marker="." if len(train) < 40 else "")
         ax.set_title(f"train {name}", fontsize=10)
     if min(line["loss"] for line in train) > 0:
         axes[0].set_yscale("log")
-    _evaluation_curves(axes[2], [line for line in lines if line["kind"] == "eval"])
+    _evaluation_curves(axes[2], evaluations)
     for ax in axes:
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
@@ -67,11 +62,7 @@ def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; an incomplete last line, which is still being written, is ignored.
-
-    Raises:
-        DataError: the file is missing, or a line is not a JSON object.
-    """
+    """The lines of a `metrics.jsonl`; an incomplete last line, which is still being written, is ignored."""
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -79,12 +70,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number == len(texts):
-                logger.warning("%s: line %d is incomplete and ignored", path, number)
-                break
-            raise DataError(f"{path}: line {number} is not JSON: {error}") from None
+            lines.append(parse_json(text.encode(), f"{path}: line {number}", DataError, "remove it"))
+        except DataError:
+            if number < len(texts):
+                raise
+            logger.warning("%s: line %d is incomplete and ignored", path, number)
     return lines
 
 
@@ -112,21 +102,18 @@ def _evaluation_curves(ax: Axes, lines: list[dict[str, Any]]) -> None:
         steps, values = zip(*sorted(points), strict=True)
         colour = f"C{splits.index(split)}"
         alpha = 0.5 if reading == "mean_embedding" else 1.0
-        marker = "o" if len(points) < 20 else ""
-        label = f"{split}: {reading}"
-        ax.plot(steps, values, color=colour, alpha=alpha, ls=_STYLES[reading], marker=marker, ms=3, label=label)
+        style: dict[str, Any] = {"ls": _STYLES[reading], "marker": "o" if len(points) < 20 else "", "ms": 3}
+        ax.plot(steps, values, color=colour, alpha=alpha, label=f"{split}: {reading}", **style)
     ax.set_title("eval clip_similarity", fontsize=10)
     if curves:
         ax.legend(fontsize=7)
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _figure(panels: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # without pyplot it draws with Agg
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return figure, figure.subplots(1, panels, sharey=sharey)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

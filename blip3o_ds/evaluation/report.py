@@ -5,29 +5,31 @@ The noise of an image depends only on the seed and its index, so batch size and 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blip3o_ds.baselines import Baselines
 from blip3o_ds.config import EvalConfig, SamplerConfig
 from blip3o_ds.data.reading.batches import read_batches, spread_indices
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import Batch
 from blip3o_ds.errors import DataError
-from blip3o_ds.evaluation.metrics import METRICS, MetricAccumulator
+from blip3o_ds.evaluation.metrics import METRICS, Collected, MetricAccumulator
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import posterior_mean, sample
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.pretrained import Pretrained
 
-logger = logging.getLogger(__name__)
-
-READINGS = ("posterior_mean", "sampled", "ridge", "mean_embedding")
+_LABELS = {
+    "posterior_mean": "DiT posterior mean",
+    "sampled": "DiT sampled",
+    "ridge": "ridge from EVA",
+    "mean_embedding": "mean embedding",
+}
+READINGS = tuple(_LABELS)
 EVALUATION_POSITIONS = 1 << 40  # past every position of training, so that no noise of training occurs here
 
 Gather = Callable[[Any], list[Any]]  # this rank's object -> every rank's, in rank order
@@ -44,12 +46,10 @@ class EvalResult:
     sampler: SamplerConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
         return {**asdict(self), "sampler": self.sampler.model_dump(mode="json")}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> EvalResult:
-        """Back from `to_dict`."""
         return cls(**{**content, "sampler": SamplerConfig(**content["sampler"])})
 
 
@@ -71,27 +71,28 @@ def evaluate(
     Each rank takes every `world_size`-th sample, `gather` collects their sums, and every rank returns the whole
     result. Some ranks run the model once more than others, so its forward pass must not communicate.
 
-    Raises:
-        DataError: the dataset is empty.
-        Blip3oError: an embedding is not finite; the image is named.
+    Raises DataError for an empty dataset, and Blip3oError, naming the image, for an embedding that is not finite.
     """
     indices = spread_indices(len(dataset), settings.max_samples)
     if not indices:
         raise DataError("the dataset to evaluate is empty")
-    normalizer, baselines = pretrained.normalizer, pretrained.baselines.to(pretrained.device)
-    train_mean = normalizer.inverse("clip", baselines.clip_mean)
+    pretrained = replace(pretrained, baselines=pretrained.baselines.to(pretrained.device))
+    normalizer = pretrained.normalizer
+    train_mean = normalizer.inverse("clip", pretrained.baselines.clip_mean)
     accumulators = {reading: MetricAccumulator(train_mean, reading) for reading in READINGS}
     own = indices[rank::world_size]
     progress = Progress("evaluating", len(own))
     done = 0
     for batch in read_batches(dataset, own, settings.batch_size):
-        target, generated = _generate(pretrained, baselines, batch, settings.sampler)
+        target, generated = _generate(pretrained, batch, settings.sampler)
         for reading, embeddings in generated.items():
             accumulators[reading].update(embeddings, target, batch.positions)
         done += len(batch.keys)
         progress.at(done)
+    payload = {reading: accumulator.payload() for reading, accumulator in accumulators.items()}
+    ranks = [payload] if gather is None else gather(payload)
     return EvalResult(
-        readings=_join(accumulators, gather),
+        readings={name: Collected.join([payloads[name] for payloads in ranks]).compute() for name in READINGS},
         num_samples=len(indices),
         dataset_samples=len(dataset),
         space="unit_norm" if normalizer.mode == "full" else "raw",
@@ -101,8 +102,22 @@ def evaluate(
 
 def format_table(results: dict[str, EvalResult]) -> str:
     """The results of several datasets as plain text: a table each, then an explanation of the columns."""
-    blocks = [_block(split, result) for split, result in results.items()]
+    blocks = []
+    for split, result in results.items():
+        part = "" if result.num_samples == result.dataset_samples else f" of {result.dataset_samples}"
+        title = f"{split} ({result.num_samples} images{part}, {result.space.replace('_', '-')} embeddings)"
+        rows = {row_label(name, result.sampler): result.readings[name] for name in READINGS}
+        blocks.append("\n".join(table(title, rows)))
     return "\n\n".join([*blocks, LEGEND])
+
+
+def table(title: str, rows: dict[str, dict[str, float]]) -> list[str]:
+    """The lines of a table of metrics by label; a metric that an older run did not have yet is a dash."""
+    width = max(map(len, rows))
+    lines = [title, " " * width + "".join(f"{metric.column:>9}" for metric in METRICS.values())]
+    for label, metrics in rows.items():
+        lines.append(f"{label:<{width}}" + "".join(_cell(metrics.get(name)) for name in METRICS))
+    return lines
 
 
 def evaluation_noise(
@@ -113,30 +128,18 @@ def evaluation_noise(
 
 
 @torch.no_grad()
-def _generate(
-    pretrained: Pretrained, baselines: Baselines, batch: Batch, sampler: SamplerConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _generate(pretrained: Pretrained, batch: Batch, sampler: SamplerConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The true embeddings, and the generated ones by reading, in the space of the stored embeddings."""
     model, flow, normalizer, device = pretrained.model, pretrained.flow, pretrained.normalizer, pretrained.device
-    pair = normalizer({name: batch[name].to(device).float() for name in ("eva", "clip")})
-    eva, clip = pair["eva"], pair["clip"]
+    eva, clip = normalizer({name: batch[name].to(device).float() for name in ("eva", "clip")}).values()
     noise = evaluation_noise(flow, batch.positions, (clip.shape[1], clip.shape[2]), sampler.seed, device)
     generated = {
         "posterior_mean": posterior_mean(model, flow, eva, noise),
         "sampled": sample(model, flow, eva, noise, sampler),
-        "ridge": baselines.predict_ridge(eva),
-        "mean_embedding": baselines.predict_mean(eva),
+        "ridge": pretrained.baselines.predict_ridge(eva),
+        "mean_embedding": pretrained.baselines.predict_mean(eva),
     }
     return normalizer.inverse("clip", clip), {name: normalizer.inverse("clip", y) for name, y in generated.items()}
-
-
-def _join(accumulators: dict[str, MetricAccumulator], gather: Gather | None) -> dict[str, dict[str, float]]:
-    own = {reading: accumulator.payload() for reading, accumulator in accumulators.items()}
-    ranks = [own] if gather is None else gather(own)
-    return {
-        reading: MetricAccumulator.from_payloads([payloads[reading] for payloads in ranks], reading).compute()
-        for reading in accumulators
-    }
 
 
 LEGEND = (
@@ -149,36 +152,8 @@ def row_label(reading: str, sampler: SamplerConfig) -> str:
     """The name of a reading in tables and figures."""
     guidance = "" if sampler.guidance_scale == 1 else f", guidance {sampler.guidance_scale:g}"
     steps = f"{sampler.steps} step{'s' if sampler.steps > 1 else ''}"
-    return {
-        "posterior_mean": "DiT posterior mean",
-        "sampled": f"DiT sampled ({steps} {sampler.solver}{guidance})",
-        "ridge": "ridge from EVA",
-        "mean_embedding": "mean embedding",
-    }[reading]
-
-
-def table_head(width: int) -> str:
-    """The line above the metrics, for labels of `width` characters."""
-    return " " * width + "".join(f"{metric.column:>9}" for metric in METRICS.values())
-
-
-def table_row(label: str, metrics: dict[str, float], width: int) -> str:
-    """One line of metrics; one that an older run did not have yet is a dash."""
-    return f"{label:<{width}}" + "".join(_cell(metrics.get(name)) for name in METRICS)
-
-
-def _block(split: str, result: EvalResult) -> str:
-    images = f"{result.num_samples} images"
-    if result.num_samples < result.dataset_samples:
-        images += f" of {result.dataset_samples}"
-    space = "raw embeddings" if result.space == "raw" else "unit-norm embeddings"
-    labels = {reading: row_label(reading, result.sampler) for reading in READINGS}
-    width = max(len(label) for label in labels.values())
-    lines = [f"{split} ({images}, {space})", table_head(width)]
-    for reading, label in labels.items():
-        metrics = result.readings[reading]
-        lines.append(table_row(label, metrics, width))
-    return "\n".join(lines)
+    settings = f" ({steps} {sampler.solver}{guidance})" if reading == "sampled" else ""
+    return _LABELS[reading] + settings
 
 
 def _cell(value: float | None) -> str:

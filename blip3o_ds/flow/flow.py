@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip3o_ds.config import FlowConfig
+from blip3o_ds.config import FlowConfig, RunConfig
+from blip3o_ds.errors import ConfigError
 from blip3o_ds.flow.draws import normals, uniforms
 from blip3o_ds.flow.path import PATHS, Path
 from blip3o_ds.flow.prediction import PREDICTIONS, Model, Prediction
+from blip3o_ds.flow.solvers import SOLVERS
 from blip3o_ds.flow.timesteps import TIMESTEP_LAWS, Timesteps
 from blip3o_ds.flow.weights import LOSS_WEIGHTS, LossWeight
 from blip3o_ds.tables import choose
@@ -34,34 +36,19 @@ class Flow:
 
     @classmethod
     def from_config(cls, config: FlowConfig) -> Flow:
-        """The flow that the settings name.
-
-        Raises:
-            ConfigError: a name is in no table.
-        """
+        """The flow that the settings name; ConfigError if a name is in no table."""
         path = choose(PATHS, config.path, "flow.path")()
-        return cls(
-            path=path,
-            prediction=choose(PREDICTIONS, config.prediction, "flow.prediction")(path),
-            timesteps=Timesteps(
-                choose(TIMESTEP_LAWS, config.timestep_law, "flow.timestep_law")(config), config.timestep_shift
-            ),
-            loss_weight=choose(LOSS_WEIGHTS, config.loss_weight, "flow.loss_weight")(config),
-            cond_dropout=config.cond_dropout,
-        )
+        prediction = choose(PREDICTIONS, config.prediction, "flow.prediction")(path)
+        law = choose(TIMESTEP_LAWS, config.timestep_law, "flow.timestep_law")(config)
+        loss_weight = choose(LOSS_WEIGHTS, config.loss_weight, "flow.loss_weight")(config)
+        return cls(path, prediction, Timesteps(law, config.timestep_shift), loss_weight, config.cond_dropout)
 
     def draw(
         self, positions: Tensor, shape: tuple[int, int], seed: int, device: torch.device | str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The random numbers of a batch, each row a function of (seed, position) alone.
+        """noise `[B, N, Dc]` fp32, t `[B]` fp32 in [0, 1] and drop `[B]` bool, on `device`.
 
-        Args:
-            positions: `[B]` int64, place of each sample in the endless order.
-            shape: `(N, Dc)` of one sample.
-            seed: another seed gives independent draws, for evaluation.
-
-        Returns:
-            noise `[B, N, Dc]` fp32, t `[B]` fp32 in [0, 1], drop `[B]` bool, on `device`.
+        Each row is a function of the seed and its position in the endless order, `[B]` int64; `shape` is `(N, Dc)`.
         """
         t = self.timesteps.draw(uniforms(seed, positions, _TIME)).to(device=device, dtype=torch.float32)
         drop = torch.from_numpy(uniforms(seed, positions, _DROP) < self.cond_dropout).to(device)
@@ -70,14 +57,13 @@ class Flow:
     def loss(self, model: Model, clip: Tensor, eva: Tensor, noise: Tensor, t: Tensor, drop: Tensor) -> FlowLoss:
         """Squared error in what the loss weight compares, fp32; `.loss` of the result is the scalar to minimise.
 
-        Args:
-            clip: `[B, N, Dc]`.  eva: `[B, N, De]`.  noise: `[B, N, Dc]`.  t: `[B]`.  drop: `[B]` bool.
+        clip and noise are `[B, N, Dc]`, eva `[B, N, De]`, t `[B]`, drop `[B]` bool.
         """
         clip, noise = clip.float(), noise.float()
         x_t = self.path.point(clip, noise, t)
         output = self.prediction.output(model, x_t, t, eva, drop)
         target = self.prediction.target(clip, noise, t)
-        return flow_matching_loss(*self.loss_weight.compared(self.prediction, output, target, x_t, t))
+        return flow_matching_loss(*self.loss_weight(self.prediction, output, target, x_t, t))
 
     def clean(self, model: Model, x_t: Tensor, t: Tensor, eva: Tensor, drop: Tensor) -> Tensor:
         """The model's estimate of the clean embedding at x_t, `[B, N, Dc]` fp32; t is `[B]`."""
@@ -91,3 +77,15 @@ class Flow:
         t = torch.full((len(x_t),), time, device=x_t.device)
         clean = self.clean(model, x_t, t, eva, drop)
         return self.path.velocity_from_clean(clean, x_t, torch.tensor(time, dtype=torch.float64))
+
+
+def build_flow(config: RunConfig) -> Flow:
+    """The flow of a run; a ConfigError names a setting that is unknown or does not fit, and what is valid."""
+    flow = Flow.from_config(config.flow)
+    choose(SOLVERS, config.eval.sampler.solver, "eval.sampler.solver")
+    if config.model.linear_skip != "none" and not flow.prediction.outputs_clean:
+        raise ConfigError(
+            f"model.linear_skip = {config.model.linear_skip} maps EVA to the clean embedding, and flow.prediction = "
+            f"{config.flow.prediction} does not output it; set flow.prediction to sample or model.linear_skip to none"
+        )
+    return flow

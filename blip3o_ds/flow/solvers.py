@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from blip3o_ds.config import SamplerConfig
-from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.prediction import Model
 from blip3o_ds.tables import choose
+
+if TYPE_CHECKING:
+    from blip3o_ds.flow.flow import Flow  # which imports the table below
 
 Field = Callable[[Tensor, float], Tensor]  # the velocity at (x, t)
 Solver = Callable[[Field, Tensor, float, float], Tensor]  # x at the second time from x at the first
@@ -22,17 +25,9 @@ Solver = Callable[[Field, Tensor, float, float], Tensor]  # x at the second time
 
 @torch.no_grad()
 def sample(model: Model, flow: Flow, eva: Tensor, noise: Tensor, sampler: SamplerConfig) -> Tensor:
-    """Generate CLIP embeddings for a batch of conditions.
+    """CLIP embeddings `[B, N, Dc]` fp32, in the model's space, from eva `[B, N, De]` and standard normal noise.
 
-    Args:
-        eva: `[B, N, De]`.
-        noise: `[B, N, Dc]`, standard normal, on the model's device.
-
-    Returns:
-        `[B, N, Dc]` fp32, in the space that the model was trained in.
-
-    Raises:
-        ConfigError: there is no solver of that name.
+    `noise` is `[B, N, Dc]`, on the model's device. Raises ConfigError if there is no solver of that name.
     """
     step = choose(SOLVERS, sampler.solver, "eval.sampler.solver")
     field = _guided_field(model, flow, eva, sampler.guidance_scale)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.config import FlowConfig
-from blip3o_ds.flow.path import LinearPath
 
 Law = Callable[[Tensor], Tensor]  # the inverse CDF: numbers uniform in (0, 1) -> timesteps
 
@@ -56,6 +55,5 @@ def shift_timesteps(t: Tensor, shift: float) -> Tensor:
 
     The rule is stated for the noise share of the linear path, and warps time in the same way for every path.
     """
-    linear = LinearPath()
-    sigma = linear.sigma(t)
+    sigma = 1 - t
     return 1 - shift * sigma / (1 + (shift - 1) * sigma)

@@ -5,6 +5,7 @@ The flow decides what the output means (a clean embedding or a velocity); here i
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from blip3o_ds.config import ModelConfig
 from blip3o_ds.errors import CheckpointError, ConfigError
 from blip3o_ds.files import atomic_write_bytes, atomic_write_json, read_json
-from blip3o_ds.model.layers import (
-    Condition,
-    CrossAttention,
-    LinearSkip,
-    Modulation,
-    RMSNorm,
-    Rope,
-    Sandwich,
-    SelfAttention,
-    SwiGLU,
-    TimestepEmbedding,
-    projection,
-    zero_projection,
-)
+from blip3o_ds.model import layers
 from blip3o_ds.model.positions import RotaryTables
 
 MODEL_TYPE = "blip3o_dit"
@@ -54,17 +42,17 @@ class DiT(nn.Module):
         self.rope = RotaryTables(
             config.grid_size, config.token_layout == "cls_patch", config.head_dim, config.rope_theta
         )
-        self.timestep = TimestepEmbedding(config.timestep_embed_dim, D)
-        self.condition = Condition(config.eva_dim, D, eps)
-        self.clip_in = projection(config.clip_dim, D, bias=True)
-        self.first_modulation = Modulation(D, 1)
-        self.first_norm = RMSNorm(D, eps)
+        self.timestep = layers.TimestepEmbedding(config.timestep_embed_dim, D)
+        self.condition = layers.Condition(config.eva_dim, D, eps)
+        self.clip_in = layers.projection(config.clip_dim, D, bias=True)
+        self.first_modulation = layers.Modulation(D, 1)
+        self.first_norm = layers.RMSNorm(D, eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.clip_out = zero_projection(D, config.clip_dim)
-        self.linear_skip = None if config.linear_skip == "none" else LinearSkip(config.eva_dim, config.clip_dim)
+        self.clip_out = layers.zero_projection(D, config.clip_dim)
+        self.linear_skip = None if config.linear_skip == "none" else layers.LinearSkip(config.eva_dim, config.clip_dim)
 
     def forward(self, noisy_clip: Tensor, timesteps: Tensor, eva: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Predict for a batch; inputs are cast to the model's dtype, which the output has.
+        """Predict `[B, N, Dc]` for a batch; inputs are cast to the model's dtype, which the output has.
 
         Args:
             noisy_clip: `[B, N, Dc]`.
@@ -72,11 +60,7 @@ class DiT(nn.Module):
             eva: `[B, N, De]`.
             drop: `[B]` bool, True for samples that must not see their condition; None if all see it.
 
-        Returns:
-            `[B, N, Dc]`.
-
-        Raises:
-            ValueError: an argument's shape does not fit the configuration; names the argument.
+        Raises ValueError, naming the argument, if a shape does not fit the configuration.
         """
         self._check_inputs(noisy_clip, timesteps, eva, drop)
         noisy_clip, eva = noisy_clip.to(self.dtype), eva.to(self.dtype)
@@ -87,30 +71,26 @@ class DiT(nn.Module):
         residual = self.clip_in(noisy_clip)  # [B, N, D]
         (scale,) = self.first_modulation(timestep)
         x = self.first_norm(residual, scale)
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            residual, x = self._run(block, residual, x, condition, timestep, rope)
+            inputs = (residual, x, condition, timestep, rope)
+            residual, x = checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
 
         out = self.clip_out(x)
         return out if self.linear_skip is None else out + self.linear_skip(eva, drop)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
         return self.clip_in.weight.dtype
 
     def num_parameters(self) -> int:
-        """The number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @torch.no_grad()
     def set_linear_skip(self, weight: Tensor, eva_mean: Tensor, bias: Tensor) -> None:
         """Initialise the linear skip with a fitted map, `out = (eva - eva_mean) @ weight.T + bias`.
 
-        Args:
-            weight: `[Dc, De]`.  eva_mean: `[De]`.  bias: `[Dc]`.
-
-        Raises:
-            ConfigError: the model has no linear skip, or a shape does not fit it.
+        weight is `[Dc, De]`, eva_mean `[De]`, bias `[Dc]`; ConfigError if they do not fit the model.
         """
         if self.linear_skip is None:
             raise ConfigError("model.linear_skip = none: the model has no skip to set; choose zero or ridge")
@@ -123,11 +103,7 @@ class DiT(nn.Module):
     def save_pretrained(
         self, directory: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Write `model.safetensors` (in `dtype`) and `config.json`, each atomically, the configuration last.
-
-        Args:
-            extra: additional JSON for `config.json`, for example `{"flow": {...}}`.
-        """
+        """Write `model.safetensors` (in `dtype`) and `config.json` with the JSON `extra`, atomically, in this order."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
@@ -137,34 +113,35 @@ class DiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> DiT:
-        """Load what `save_pretrained` wrote, in fp32 on the CPU.
-
-        Raises:
-            CheckpointError: a file is missing or damaged, or the weights belong to another model.
-        """
-        model = cls(_model_config(directory))
-        path = Path(directory) / WEIGHTS_NAME
-        weights = _read_weights(path)
-        _check_weights(path, weights, model.state_dict())
-        model.load_state_dict(weights)
+        """Load what `save_pretrained` wrote, in fp32 on the CPU; a CheckpointError names the file that is wrong."""
+        settings = read_pretrained_config(directory).get("model")
+        try:
+            model = cls(ModelConfig.model_validate(settings))
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            raise CheckpointError(f"{Path(directory) / CONFIG_NAME}: field `model` is not valid: {problems}") from None
+        model.load_weights(Path(directory) / WEIGHTS_NAME)
         return model
 
-    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    def load_weights(self, path: Path, config_name: str = CONFIG_NAME) -> None:
+        """Load a safetensors file that holds exactly this model's tensors; a CheckpointError says what is wrong."""
+        try:
+            self.load_state_dict(load_file(path))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; export the model again") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged or not safetensors ({error}); export the model again") from None
+        except RuntimeError as error:
+            problem = textwrap.shorten(str(error), 400)
+            raise CheckpointError(f"{path}: the weights of another model than {config_name} says: {problem}") from None
 
     def _check_inputs(self, noisy_clip: Tensor, timesteps: Tensor, eva: Tensor, drop: Tensor | None) -> None:
-        config, B = self.config, noisy_clip.shape[0]
-        expected = {
-            "noisy_clip": (noisy_clip, (B, config.num_tokens, config.clip_dim)),
-            "timesteps": (timesteps, (B,)),
-            "eva": (eva, (B, config.num_tokens, config.eva_dim)),
-        }
-        if drop is not None:
-            expected["drop"] = (drop, (B,))
-        for name, (tensor, shape) in expected.items():
-            if tuple(tensor.shape) != shape:
+        B, N = len(noisy_clip), self.config.num_tokens
+        shapes = {"noisy_clip": (B, N, self.config.clip_dim), "timesteps": (B,), "eva": (B, N, self.config.eva_dim)}
+        found = {"noisy_clip": noisy_clip, "timesteps": timesteps, "eva": eva, "drop": drop}
+        for name, tensor in found.items():
+            shape = shapes.get(name, (B,))
+            if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
 
 
@@ -180,16 +157,16 @@ class Block(nn.Module):
         D, eps = config.hidden_size, config.norm_eps
         heads = (config.num_heads, config.num_kv_heads)
         self.cross_attention_rope = config.cross_attention_rope
-        self.modulation = Modulation(D, 6)
-        self.self_attention = SelfAttention(D, *heads, eps)
-        self.after_self_attention = Sandwich(D, eps)
-        self.cross_attention = CrossAttention(D, *heads, eps)
-        self.after_cross_attention = Sandwich(D, eps)
-        self.ffn = SwiGLU(D, config.ffn_dim)
-        self.after_ffn = Sandwich(D, eps)
+        self.modulation = layers.Modulation(D, 6)
+        self.self_attention = layers.SelfAttention(D, *heads, eps)
+        self.after_self_attention = layers.Sandwich(D, eps)
+        self.cross_attention = layers.CrossAttention(D, *heads, eps)
+        self.after_cross_attention = layers.Sandwich(D, eps)
+        self.ffn = layers.SwiGLU(D, config.ffn_dim)
+        self.after_ffn = layers.Sandwich(D, eps)
 
     def forward(
-        self, residual: Tensor, x: Tensor, condition: Tensor, timestep: Tensor, rope: Rope
+        self, residual: Tensor, x: Tensor, condition: Tensor, timestep: Tensor, rope: layers.Rope
     ) -> tuple[Tensor, Tensor]:
         """`(residual, x)` for the next block; residual, x, condition: `[B, N, D]`, timestep: `[B, D]`."""
         gate_self, scale_cross, gate_cross, scale_ffn, gate_ffn, scale_next = self.modulation(timestep)
@@ -204,46 +181,9 @@ class Block(nn.Module):
 
 
 def read_pretrained_config(directory: str | Path) -> dict[str, Any]:
-    """The `config.json` of an exported model: `model_type`, `model`, and what was given as `extra`.
-
-    Raises:
-        CheckpointError: the file is missing, not JSON, or describes another kind of model.
-    """
+    """The `config.json` of an exported model: `model_type`, `model`, and `extra`; CheckpointError if it is not one."""
     path = Path(directory) / CONFIG_NAME
     content = read_json(path, CheckpointError, "give a folder that `blip3o-ds export` wrote")
     if (found := content.get("model_type")) != MODEL_TYPE:
         raise CheckpointError(f"{path}: expected model_type {MODEL_TYPE!r}, found {found!r}")
     return content
-
-
-def _model_config(directory: str | Path) -> ModelConfig:
-    content = read_pretrained_config(directory)
-    try:
-        return ModelConfig.model_validate(content.get("model"))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise CheckpointError(f"{Path(directory) / CONFIG_NAME}: field `model` is not valid: {problems}") from None
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; export the model again")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or not safetensors ({error}); export the model again") from None
-
-
-def _check_weights(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"{path}: not the weights of the model in {CONFIG_NAME}: "
-            f"{len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
-        )
-    for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path}: tensor {name}: expected shape {list(tensor.shape)} by {CONFIG_NAME}, "
-                f"found {list(found[name].shape)}"
-            )

@@ -31,12 +31,11 @@ def rope_tables(grid_size: int, has_cls: bool, head_dim: int, theta: float) -> t
     Computed in NumPy, so that contexts that change PyTorch's default dtype or device do not affect the tables.
     """
     positions = grid_positions(grid_size, has_cls)
-    angles = np.concatenate(
+    angles = np.hstack(
         [
             positions[:, axis, None] * theta ** (-np.arange(pairs) / max(pairs, 1))
             for axis, pairs in enumerate(axis_pairs(head_dim))
-        ],
-        axis=1,
+        ]
     )
     return torch.from_numpy(np.cos(angles).astype(np.float32)), torch.from_numpy(np.sin(angles).astype(np.float32))
 
@@ -55,7 +54,6 @@ class RotaryTables(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """`(cos, sin)`, each `[N, D/2]` fp32."""
         return self.cos, self.sin
 
     def _apply(self, fn, recurse=True):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from blip3o_ds.baselines import Baselines
 from blip3o_ds.config import RunConfig
@@ -19,8 +18,7 @@ from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, DataError
 from blip3o_ds.files import atomic_folder
-from blip3o_ds.flow.build import build_flow
-from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.flow import Flow, build_flow
 from blip3o_ds.model.dit import CONFIG_NAME, DiT, read_pretrained_config
 from blip3o_ds.runs.checkpoint import find_checkpoint
 from blip3o_ds.runs.folder import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, parse_run_config, read_run_config
@@ -111,11 +109,7 @@ def _load_run(run: Path, step: int | None = None) -> Pretrained:
     if checkpoint is None:
         raise CheckpointError(f"{run / CHECKPOINTS}: there is no whole checkpoint; a run writes its last at its end")
     model = DiT(config.model)
-    try:
-        model.load_state_dict(load_file(checkpoint.path / name))
-    except RuntimeError as error:
-        problem = f"the weights of another model than {RUN_CONFIG} says: {' '.join(str(error).split())}"
-        raise CheckpointError(f"{checkpoint.path / name} holds {problem}") from None
+    model.load_weights(checkpoint.path / name, RUN_CONFIG)
     return _assemble(run, model, config, checkpoint.step, weights)
 
 

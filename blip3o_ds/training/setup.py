@@ -22,8 +22,7 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.flow.build import build_flow
-from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.flow import Flow, build_flow
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.folder import BAD_SAMPLES, CHECKPOINTS, LOG

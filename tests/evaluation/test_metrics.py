@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blip3o_ds.errors import Blip3oError
-from blip3o_ds.evaluation.metrics import METRIC_NAMES, MetricAccumulator
+from blip3o_ds.evaluation.metrics import METRIC_NAMES, Collected, MetricAccumulator
 
 N, D = 5, 7
 
@@ -28,7 +28,7 @@ def compute(generated, target, mean, batch_size=100) -> dict[str, float]:
     accumulator = MetricAccumulator(mean)
     for g, c in zip(generated.split(batch_size), target.split(batch_size), strict=True):
         accumulator.update(g, c)
-    return accumulator.compute()
+    return accumulator.payload().compute()
 
 
 def oracle(generated, target, mean) -> dict[str, float]:
@@ -139,7 +139,7 @@ def test_the_slices_of_several_ranks_join_into_the_metrics_of_one():
         ranks.append(accumulator.payload())
     ranks.append(MetricAccumulator(mean).payload())  # a rank that got no image
 
-    joined = MetricAccumulator.from_payloads(ranks).compute()
+    joined = Collected.join(ranks).compute()
 
     assert joined == pytest.approx(compute(generated, target, mean), rel=1e-12)
 
@@ -191,4 +191,4 @@ def test_other_shapes_are_refused():
 
 def test_no_image_is_an_error():
     with pytest.raises(Blip3oError, match="no image"):
-        MetricAccumulator(torch.zeros(D)).compute()
+        MetricAccumulator(torch.zeros(D)).payload().compute()

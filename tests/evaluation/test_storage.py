@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from blip3o_ds.baselines import fit_baselines
+from blip3o_ds.baselines import fit_baselines, ridge_cost
 from blip3o_ds.cli import main
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.tools.convert import convert
-from blip3o_ds.evaluation.storage import ridge_cost
 
 
 def test_each_side_is_the_ridge_of_that_dataset_on_samples_spread_over_it(embeddings, tmp_path):

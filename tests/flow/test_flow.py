@@ -8,8 +8,7 @@ import torch
 
 from blip3o_ds.config import FlowConfig, build_run_config, load_run_config
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.flow.build import build_flow
-from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.flow import Flow, build_flow
 from blip3o_ds.flow.timesteps import shift_timesteps
 from blip3o_kernels import flow_matching_loss
 
@@ -120,7 +119,7 @@ def test_the_target_of_a_sample_prediction_is_clip_minus_noise_until_the_floor()
     flow = Flow.from_config(FlowConfig(prediction="sample"))
     clip, noise, t = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE), torch.tensor([0.0, 0.5, 0.94])
     x_t = flow.path.point(clip, noise, t)
-    target, _ = flow.loss_weight.compared(flow.prediction, clip, clip, x_t, t)
+    target, _ = flow.loss_weight(flow.prediction, clip, clip, x_t, t)
     torch.testing.assert_close(target, clip - noise, atol=1e-4, rtol=1e-4)
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from blip3o_ds.config import SamplerConfig, load_run_config
-from blip3o_ds.flow.build import build_flow
-from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.flow import Flow, build_flow
 from blip3o_ds.flow.path import PATHS, LinearPath, Path
 from blip3o_ds.flow.prediction import PREDICTIONS, Prediction, SamplePrediction
 from blip3o_ds.flow.solvers import posterior_mean, sample

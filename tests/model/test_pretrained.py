@@ -57,10 +57,10 @@ def test_other_keys_and_other_shapes_are_named(export):
     path = export[1] / "model.safetensors"
     weights = load_file(path)
     save_file({**weights, "stray": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"1 unknown \['stray'\]"):
+    with pytest.raises(CheckpointError, match=r'Unexpected key\(s\) in state_dict: "stray"'):
         DiT.from_pretrained(export[1])
     save_file({**weights, "clip_in.weight": torch.zeros(3, 3)}, path)
-    with pytest.raises(CheckpointError, match=r"clip_in.weight: expected shape \[16, 6\].*found \[3, 3\]"):
+    with pytest.raises(CheckpointError, match=r"clip_in.weight: .*\[3, 3\]\) from checkpoint.*\[16, 6\]"):
         DiT.from_pretrained(export[1])
 
 

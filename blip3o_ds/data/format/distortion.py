@@ -1,6 +1,6 @@
 """What storing an embedding in another dtype changes: relative error and cosine of its tokens.
 
-What it does to a ridge regression, which needs condition and target together, is in `evaluation/storage.py`.
+What it does to a ridge regression, which needs condition and target together, is in `baselines.py`.
 """
 
 from __future__ import annotations
