@@ -20,7 +20,7 @@ import blip3o_kernels
 from benchmarks.workloads import ATTENTION, WORKLOADS
 from blip3o_kernels import use_kernels
 from blip3o_kernels.registry import REFERENCE
-from blip3o_kernels.workload import Tensors, Workload
+from blip3o_kernels.workload import Tensors
 
 OURS = "triton"
 SDPA = {
@@ -47,33 +47,26 @@ def providers(name: str, backend: str = "inductor") -> list[Provider]:
         backend: of torch.compile.
     """
     workload = WORKLOADS[name]
+
+    def ours(arguments: Tensors) -> Tensors:
+        with use_kernels("triton"):
+            return workload.run(blip3o_kernels, arguments)
+
+    plain = partial(workload.run, REFERENCE)
+    compiled = torch.compile(lambda *arguments: plain(arguments), fullgraph=True, backend=backend)
     found = [
-        Provider(OURS, partial(_ours, workload)),
-        Provider("pytorch", partial(workload.run, REFERENCE)),
-        Provider("compile", _compiled(workload, backend)),
+        Provider(OURS, ours),
+        Provider("pytorch", plain),
+        Provider("compile", partial(_dynamic_batch, lambda arguments: compiled(*arguments))),
     ]
     if name in ATTENTION:
         rope = torch.compile(REFERENCE.qk_norm_rope, fullgraph=True, backend=backend)
         for kernel in SDPA:
             operations = SimpleNamespace(qk_norm_rope=rope, gqa_attention=partial(_sdpa, kernel))
             found.append(Provider(kernel, partial(_dynamic_batch, partial(workload.run, operations))))
-    for library, operations in _libraries().items():
-        if name in operations:
-            found.append(Provider(library, operations[name]))
+    functions = {library: operations[name] for library, operations in LIBRARIES.items() if name in operations}
+    found += [Provider(library, run) for library, run in functions.items() if find_spec(MODULES[library])]
     return found
-
-
-def _ours(workload: Workload, arguments: Tensors) -> Tensors:
-    with use_kernels("triton"):
-        return workload.run(blip3o_kernels, arguments)
-
-
-def _compiled(workload: Workload, backend: str) -> Callable[[Tensors], Tensors]:
-    def plain(*arguments: Tensor) -> Tensors:
-        return workload.run(REFERENCE, arguments)
-
-    compiled = torch.compile(plain, fullgraph=True, backend=backend)
-    return partial(_dynamic_batch, lambda arguments: compiled(*arguments))
 
 
 def _dynamic_batch(function: Callable[[Tensors], Tensors], arguments: Tensors) -> Tensors:
@@ -93,20 +86,6 @@ def _sdpa(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPA[kernel]):
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
-
-
-def _libraries() -> dict[str, dict[str, Callable[[Tensors], Tensors]]]:
-    """What other kernel libraries have of these workloads, by library and workload."""
-    found: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {}
-    if find_spec("liger_kernel"):
-        found["liger"] = {
-            "rms_norm": _liger_rms_norm,
-            "modulated_rms_norm": _liger_modulated_rms_norm,
-            "swiglu": _liger_swiglu,
-        }
-    if find_spec("quack"):
-        found["quack"] = {"rms_norm": _quack_rms_norm}
-    return found
 
 
 def _liger_rms_norm(arguments: Tensors) -> Tensors:
@@ -134,6 +113,23 @@ def _quack_rms_norm(arguments: Tensors) -> Tensors:
 
     x, weight = arguments
     return (rmsnorm(x.flatten(0, 1), weight, eps=1e-6).view(x.shape),)
+
+
+LIBRARIES: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {  # what other libraries have of these workloads
+    "liger": {
+        "rms_norm": _liger_rms_norm,
+        "modulated_rms_norm": _liger_modulated_rms_norm,
+        "swiglu": _liger_swiglu,
+    },
+    "quack": {"rms_norm": _quack_rms_norm},
+}
+MODULES = {"liger": "liger_kernel", "quack": "quack"}
+
+
+def upstream_of(outputs: Tensors) -> Tensors:
+    """Random gradients of the outputs, always the same."""
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    return tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs)
 
 
 def gradients(outputs: Tensors, arguments: Tensors, upstream: Tensors, retain_graph: bool = False) -> Tensors:

@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 
 from benchmarks.measure import Rates, Task, Timer, Timing, alternate, peak_memory
-from benchmarks.providers import OURS, Provider, gradients, providers
+from benchmarks.providers import OURS, Provider, gradients, providers, upstream_of
 from benchmarks.workloads import PASSES, Case
 from blip3o_kernels.workload import Tensors
 
@@ -113,8 +113,13 @@ def run_cases(
             arguments = case.arguments(device)
             found, absent = able(case, compared, arguments)
             results.absent += absent
-            results.rows += _rows(case, found, arguments, timer, rates, rounds, memory)
-            del arguments
+            upstream = upstream_of(found[0].run(arguments))
+            tasks = {name: {p.name: _task(name, p, arguments, upstream) for p in found} for name in PASSES}
+            peaks = {provider: memory(partial(task.run, None)) for provider, task in tasks["both"].items()}
+            for name in PASSES:
+                timings = alternate(tasks[name], timer, rounds)
+                results.rows += [_row(case, name, p, timing, rates, peaks[p]) for p, timing in timings.items()]
+            del arguments, upstream, tasks
             gc.collect()
     return results
 
@@ -125,7 +130,7 @@ def able(case: Case, compared: list[Provider], arguments: Tensors) -> tuple[list
     for provider in compared:
         try:
             outputs = provider.run(arguments)
-            gradients(outputs, arguments, _upstream(outputs))
+            gradients(outputs, arguments, upstream_of(outputs))
             found.append(provider)
         except Exception as error:  # of other libraries' own kinds; it is reported, not lost
             if provider.name == OURS:
@@ -137,61 +142,28 @@ def able(case: Case, compared: list[Provider], arguments: Tensors) -> tuple[list
     return found, absent
 
 
-def _upstream(outputs: Tensors) -> Tensors:
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    return tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs)
-
-
-def _rows(
-    case: Case,
-    compared: list[Provider],
-    arguments: Tensors,
-    timer: Timer,
-    rates: Rates,
-    rounds: int,
-    memory: Callable[[Callable[[], object]], int],
-) -> list[Row]:
-    upstream = _upstream(compared[0].run(arguments))
-    rows = []
-    peaks = {provider.name: memory(partial(_both, provider, arguments, upstream)) for provider in compared}
-    for name in PASSES:
-        tasks = {provider.name: _task(name, provider, arguments, upstream) for provider in compared}
-        timings = alternate(tasks, timer, rounds)
-        rows += [_row(case, name, provider, timing, rates, peaks[provider]) for provider, timing in timings.items()]
-    return rows
-
-
 def _task(name: str, provider: Provider, arguments: Tensors, upstream: Tensors) -> Task:
     if name == "forward":
         return Task(lambda _: provider.run(arguments))
     if name == "both":
-        return Task(lambda _: _both(provider, arguments, upstream))
+        return Task(lambda _: gradients(provider.run(arguments), arguments, upstream))
     # A new graph for every backward: some libraries write gradients over what they saved.
     return Task(lambda outputs: gradients(outputs, arguments, upstream), lambda: provider.run(arguments))
 
 
-def _both(provider: Provider, arguments: Tensors, upstream: Tensors) -> None:
-    gradients(provider.run(arguments), arguments, upstream)
-
-
 def _row(case: Case, name: str, provider: str, timing: Timing, rates: Rates, peak: int) -> Row:
     cost, shape = case.cost(name), case.shape
+    moved, computed = cost.bytes / timing.median, cost.flops / timing.median
     return Row(
-        operation=case.workload,
-        preset=case.preset,
-        sweep=case.sweep,
-        batch_size=shape.batch_size,
-        num_tokens=shape.num_tokens,
-        tokens=case.tokens,
-        dtype=case.dtype,
+        *(case.workload, case.preset, case.sweep, shape.batch_size, shape.num_tokens, case.tokens, case.dtype),
         name=name,
         provider=provider,
         **timing.milliseconds(),
         bytes=cost.bytes,
         flops=cost.flops,
-        gb_per_s=cost.bytes / timing.median / 1e9,
-        tflop_per_s=cost.flops / timing.median / 1e12,
-        share_of_copy=cost.bytes / timing.median / rates.copy,
-        share_of_matmul=cost.flops / timing.median / rates.matmul,
+        gb_per_s=moved / 1e9,
+        tflop_per_s=computed / 1e12,
+        share_of_copy=moved / rates.copy,
+        share_of_matmul=computed / rates.matmul,
         peak_memory_mib=peak / 2**20,
     )

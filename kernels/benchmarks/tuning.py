@@ -16,7 +16,7 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from benchmarks.measure import Task, Timer, alternate
-from benchmarks.providers import OURS, gradients, providers
+from benchmarks.providers import gradients, providers, upstream_of
 from benchmarks.warm import Call
 from benchmarks.workloads import DTYPES, WORKLOADS, Case, model_shape
 from blip3o_kernels.launch import force_config, shape_class
@@ -59,22 +59,16 @@ def searches(operations: list[str], dtypes: list[str], presets: list[str], arch:
     for dtype in dtypes:
         for preset in presets:
             for name in operations:
-                for search in _searches_of(name, dtype, preset, arch):
-                    found.setdefault((search.op, search.shape_class), search)
+                operation, shape = OPERATIONS[name], model_shape(preset, 256, 256)
+                cases: tuple[Case, ...] = (Case(name, shape, dtype),)
+                if WORKLOADS[name].products[0]:  # attention: groups of three heads and of two, a token over or none
+                    sizes = [(p, N) for p in ("base", "large") for N in (256, 257)]
+                    cases = tuple(Case(name, model_shape(p, N, 128), dtype) for p, N in sizes)
+                D = getattr(shape, operation.channels)
+                for op, configs in operation.candidates(D, DTYPES[dtype], arch).items():
+                    key, backward = shape_class(DTYPES[dtype], D=D), not op.endswith(("forward", name))
+                    found.setdefault((op, key), Search(op, key, tuple(configs), cases, backward))
     return list(found.values())
-
-
-def _searches_of(name: str, dtype: str, preset: str, arch: int) -> list[Search]:
-    operation, shape = OPERATIONS[name], model_shape(preset, 256, 256)
-    cases: tuple[Case, ...] = (Case(name, shape, dtype),)
-    if WORKLOADS[name].products[0]:  # attention: groups of three heads and of two, whole blocks and a token over
-        sizes = [(p, N) for p in ("base", "large") for N in (256, 257)]
-        cases = tuple(Case(name, model_shape(p, N, 128), dtype) for p, N in sizes)
-    D = operation.channels(shape)
-    return [
-        Search(op, shape_class(DTYPES[dtype], D=D), tuple(configs), cases, backward=not op.endswith(("forward", name)))
-        for op, configs in operation.candidates(D, DTYPES[dtype], arch).items()
-    ]
 
 
 def tune(
@@ -94,9 +88,7 @@ def tune(
     found = []
     for search in planned:
         if time.monotonic() > deadline:
-            logger.warning(
-                "time is up: %s, %s and what follows keep their configuration", search.op, search.shape_class
-            )
+            logger.warning("time is up: %s, %s and what follows stay as they are", search.op, search.shape_class)
             break
         result = _search(search, timer, device)
         record(search.op, search.shape_class, result.config)
@@ -130,11 +122,9 @@ class _Bench:
     def __init__(self, search: Search, case: Case, device: torch.device | str) -> None:
         self.search, self.case = search, case
         self.provider = providers(case.workload)[0]
-        assert self.provider.name == OURS
         self.arguments: Tensors = case.arguments(device)
         self.outputs: Tensors = self.provider.run(self.arguments)
-        generator = torch.Generator(device).manual_seed(1)
-        self.upstream = tuple(torch.empty_like(y).normal_(generator=generator) for y in self.outputs)
+        self.upstream = upstream_of(self.outputs)
 
     def run(self, config: Any) -> Tensors:
         with force_config(self.search.op, None if config == RULE else config):

@@ -5,7 +5,6 @@ Timing needs the GPU for itself and compiling needs CPU cores, so they come one 
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -18,17 +17,11 @@ from benchmarks.providers import providers
 from benchmarks.runner import able
 from benchmarks.workloads import Case
 
-logger = logging.getLogger(__name__)
-
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function of a module, and its arguments
 
 
 def run_in_processes(calls: list[Call], jobs: int | None = None) -> None:
-    """Run all calls, each in one of `jobs` new processes (by default one for each core, at most 16).
-
-    Raises:
-        Exception: the first that a call raises, when the others have ended.
-    """
+    """Run all calls in `jobs` new processes (by default one for each core, at most 16); the first error is raised."""
     jobs = min(jobs or min(os.cpu_count() or 1, 16), len(calls))
     if not calls:
         return

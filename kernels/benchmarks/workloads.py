@@ -11,7 +11,6 @@ from blip3o_kernels.workload import SHAPES, Maker, ModelShape, Tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRESETS = ("base", "large", "small", "tiny")  # in the order they are timed
-SWEEP_PRESET = "base"
 SWEEP_TOKENS = tuple(1024 * 2**i for i in range(10))  # 1k to 512k
 PASSES = {"forward": (0,), "backward": (1,), "both": (0, 1)}  # indices of a workload's counts
 
@@ -48,7 +47,7 @@ class Case:
         """What `forward`, `backward` or `both` must move and multiply."""
         workload, shape, counted = WORKLOADS[self.workload], self.shape, PASSES[name]
         tensors, products = (sum(counts[i] for i in counted) for counts in (workload.tensors, workload.products))
-        moved = tensors * self.tokens * workload.width(shape) * DTYPES[self.dtype].itemsize
+        moved = tensors * self.tokens * getattr(shape, workload.width) * DTYPES[self.dtype].itemsize
         if products:  # attention also writes or reads an fp32 number for every row of scores
             moved += 4 * self.tokens * shape.num_heads * len(counted)
         return Cost(moved, products * 2 * self.tokens * shape.num_tokens * shape.hidden_size)
@@ -87,7 +86,7 @@ def model_cases(
 def sweep_cases(workloads: list[str], dtypes: list[str], tokens: tuple[int, ...] = SWEEP_TOKENS) -> list[Case]:
     """The base preset's shapes from few tokens to very many, 256 of a sample."""
     return [
-        Case(workload, model_shape(SWEEP_PRESET, 256, count // 256), dtype, sweep=True)
+        Case(workload, model_shape("base", 256, count // 256), dtype, sweep=True)
         for dtype in dtypes
         for workload in workloads
         for count in tokens

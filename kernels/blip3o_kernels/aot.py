@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import inspect
 import os
 import re
 import subprocess
@@ -23,10 +22,9 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from blip3o_kernels.launch import assume_arch
 from blip3o_kernels.registry import OPERATIONS
@@ -34,15 +32,7 @@ from blip3o_kernels.workload import SHAPES, ModelShape
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of one block, by architecture
 EXTENTS = {"H", "HKV", "G", "D"}  # constants that only count or stride; blocks and widths are chosen from them
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-}
-
-
+BACKEND = make_backend(GPUTarget("cuda", 80, 32))  # a launch specialises alike on every architecture
 WIDE_HEADS = (  # no preset has them, but the attention kernels take them, with other configurations
     ModelShape("heads-of-96", 768, 8, 4, 3072, 257),
     ModelShape("heads-of-128", 1024, 8, 4, 4096, 257),
@@ -146,43 +136,17 @@ def compile_variant(arch: int, variant: Variant) -> Usage:
 
 
 def _variant(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str, object]) -> Variant:
-    """The specialisation that Triton's launcher would choose for these arguments."""
-    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
-    arguments = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-    bound = inspect.signature(kernel.fn).bind(*args, **arguments).arguments
-    signature, constexprs, divisible = [], [], []
-    for parameter in kernel.params:
-        value = bound[parameter.name]
-        folded = parameter.is_constexpr or value is None or (_is_one(value) and not parameter.do_not_specialize)
-        signature.append((parameter.name, "constexpr" if folded else _type_of(value)))
-        if folded:
-            constexprs.append((parameter.name, value))
-        elif _is_divisible(value) and not parameter.do_not_specialize:
-            divisible.append(parameter.name)
+    """The specialisation that Triton's launcher chooses for these arguments."""
+    bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
+    bound, specialization, options = bind(*args, **kwargs)
+    kinds = {name: kind for name, (kind, _) in zip(bound, specialization, strict=True)}
+    constexprs = [(name, bound[name]) for name, kind in kinds.items() if kind == "constexpr"]
+    keys = zip(kinds.items(), specialization, strict=True)
+    divisible = [name for (name, kind), (_, key) in keys if kind != "constexpr" and key == "D"]
     module = kernel.fn.__module__.rpartition(".")[2]
     return Variant(
-        module, kernel.fn.__name__, tuple(signature), tuple(constexprs), tuple(divisible), tuple(options.items())
+        module, kernel.fn.__name__, tuple(kinds.items()), tuple(constexprs), tuple(divisible), tuple(options.items())
     )
-
-
-def _is_one(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value == 1
-
-
-def _type_of(value: object) -> str:
-    if isinstance(value, Tensor):
-        return POINTERS[value.dtype]
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
-
-
-def _is_divisible(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.data_ptr() % 16 == 0  # of a meta tensor: its offset in the storage
-    return isinstance(value, int) and value % 16 == 0
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -207,18 +171,14 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
 
-    work = [(arch, variant) for arch in options.arch for variant in _chosen_variants(arch, options.brief)]
+    # fp16 has bf16's sizes, rules and instructions
+    dtypes = (torch.bfloat16, torch.float32) if options.brief else DTYPES
+    chosen = one_of_each_configuration if options.brief else list
+    work = [(arch, variant) for arch in options.arch for variant in chosen(shipped_variants(arch, dtypes=dtypes))]
     with ProcessPoolExecutor(options.jobs) as pool:
         usages = list(pool.map(compile_variant, *zip(*work, strict=True)))
     print_table(usages)
     return 0 if all(usage.fits for usage in usages) else 1
-
-
-def _chosen_variants(arch: int, brief: bool) -> list[Variant]:
-    if not brief:
-        return shipped_variants(arch)
-    # fp16 has bf16's sizes, rules and instructions
-    return one_of_each_configuration(shipped_variants(arch, dtypes=(torch.bfloat16, torch.float32)))
 
 
 def print_table(usages: list[Usage]) -> None:

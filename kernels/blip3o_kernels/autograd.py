@@ -12,24 +12,28 @@ import torch
 from torch import Tensor
 
 
-def custom_op(name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """`blip3o::name`, of the signature of `launch`.
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps all inputs: tensors, or None, as `ctx.saved_tensors`, the others as `ctx.constants`."""
+    ctx.save_for_backward(*[x for x in inputs if x is None or isinstance(x, Tensor)])
+    ctx.constants = [x for x in inputs if x is not None and not isinstance(x, Tensor)]
+
+
+def differentiable(
+    name: str,
+    launch: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradients: Callable[..., Any],
+    save: Callable[..., None] = save_inputs,
+) -> Callable[..., Any]:
+    """What to call, by position, for the new operation `blip3o::name`, of the signature of `launch`.
 
     Args:
         fake: of the same arguments, gives outputs of the right shapes, dtypes and strides without values.
+        gradients: `(ctx, *upstream)`, one gradient or None for each input.
+        save: `(ctx, inputs, output)`, keeps what the gradient needs.
     """
     op = torch.library.custom_op(f"blip3o::{name}", launch, mutates_args=())
     op.register_fake(fake)
-    return op
-
-
-def differentiable(op: Any, save: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a custom operation its gradient, and return what to call in its place, by position.
-
-    Args:
-        save: `(ctx, inputs, output)`, keeps what the gradient needs.
-        gradients: `(ctx, *upstream)`, one gradient or None for each input.
-    """
     op.register_autograd(gradients, setup_context=save)
 
     class Function(torch.autograd.Function):
@@ -41,27 +45,18 @@ def differentiable(op: Any, save: Callable[..., None], gradients: Callable[..., 
         backward = staticmethod(gradients)
 
     def call(*inputs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return Function.apply(*inputs)
-        return op(*inputs)
+        return Function.apply(*inputs) if torch._C._are_functorch_transforms_active() else op(*inputs)
 
     return call
 
 
-def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """A `save` that keeps all inputs: tensors, or None, as `ctx.saved_tensors`, the others as `ctx.constants`."""
-    ctx.save_for_backward(*[x for x in inputs if x is None or isinstance(x, Tensor)])
-    ctx.constants = [x for x in inputs if x is not None and not isinstance(x, Tensor)]
-
-
 def backward_op(name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what to call for `blip3o::name_backward`, an operation that is itself a gradient and has none."""
-    op = custom_op(f"{name}_backward", launch, fake)
+    """What to call for `blip3o::name_backward`, an operation that is itself a gradient and has none."""
 
     def refuse(ctx: Any, *upstream: Any) -> Any:
-        raise RuntimeError(f"{op._qualname}: has no second derivative; compute it under use_kernels('torch')")
+        raise RuntimeError(f"blip3o::{name}_backward: has no second derivative; compute it under use_kernels('torch')")
 
-    return differentiable(op, lambda ctx, inputs, output: None, refuse)
+    return differentiable(f"{name}_backward", launch, fake, refuse, lambda ctx, inputs, output: None)
 
 
 def like(*tensors: Tensor) -> tuple[Tensor, ...]:

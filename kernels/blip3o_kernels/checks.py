@@ -24,16 +24,17 @@ def check_floating(name: str, tensor: Tensor, dims: int | None = None) -> None:
         raise ValueError(f"{name}: expected channels as the last dimension, found a scalar")
 
 
-def check_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """The dtype is that of another argument."""
-    if tensor.dtype != other.dtype:
-        raise ValueError(f"{name}: expected {other.dtype} as {other_name} has, found {tensor.dtype}")
-
-
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """The device is that of another argument."""
     if tensor.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} as {other_name} has, found {tensor.device}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """The dtype and the device are those of another argument."""
+    if tensor.dtype != other.dtype:
+        raise ValueError(f"{name}: expected {other.dtype} as {other_name} has, found {tensor.dtype}")
+    check_device(name, tensor, other_name, other)
 
 
 def check_parameter(name: str, tensor: Tensor, expected: tuple[int, ...], other_name: str, other: Tensor) -> None:

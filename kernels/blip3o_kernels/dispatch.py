@@ -67,13 +67,6 @@ def triton_chosen(x: Tensor, obstacle: str | None = None) -> bool:
         obstacle = f"expected float32, bfloat16 or float16, found {x.dtype}"
     if _mode == "auto":
         return obstacle is None
-    _require_triton(x)
-    if obstacle is not None:
-        raise ValueError(f"no Triton kernel for these arguments: {obstacle}; use BLIP3O_KERNELS=auto")
-    return True
-
-
-def _require_triton(x: Tensor) -> None:
     if not TRITON_INSTALLED:
         raise RuntimeError("BLIP3O_KERNELS=triton, but Triton is not installed; install it or use BLIP3O_KERNELS=auto")
     if not (x.is_cuda or INTERPRET):
@@ -81,3 +74,6 @@ def _require_triton(x: Tensor) -> None:
             f"BLIP3O_KERNELS=triton, but a tensor is on {x.device}: a Triton kernel takes CUDA tensors; "
             "use BLIP3O_KERNELS=auto, or start Python with TRITON_INTERPRET=1 to interpret kernels on the CPU"
         )
+    if obstacle is not None:
+        raise ValueError(f"no Triton kernel for these arguments: {obstacle}; use BLIP3O_KERNELS=auto")
+    return True

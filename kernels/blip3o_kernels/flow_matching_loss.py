@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like, save_inputs
+from blip3o_kernels.autograd import backward_op, differentiable, like
 from blip3o_kernels.checks import check_device, check_floating, check_shape
 from blip3o_kernels.launch import RowRule, SumRule, as_rows, candidates_of, cdiv, launch_rows, too_wide
 from blip3o_kernels.numeric import rounded
@@ -130,7 +130,7 @@ def launch_backward(d_mse: Tensor, x: Tensor, other: Tensor) -> Tensor:
     """Gradient of x, `[B, N, D]` contiguous, where `x - other` is squared."""
     x, other = as_rows(x), as_rows(other)
     B, N, D = x.shape
-    dx = torch.empty(B, N, D, dtype=x.dtype, device=x.device)
+    (dx,) = like(x)
     config = BACKWARD.choose(x, N, D)
     blocks = cdiv(N, config.rows)
     arguments = x, other, dx, d_mse.stride(0), *x.stride()[:2], *other.stride()[:2], N, blocks
@@ -150,16 +150,13 @@ def _fake_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return prediction.new_empty(B, dtype=torch.float32), prediction.new_empty(3, B, dtype=torch.float32)
 
 
-def _gradients(ctx: Any, d_mse: Tensor, d_diagnostics: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    prediction, target = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    return (
-        _backward(d_mse, prediction, target) if wanted[0] else None,
-        _backward(d_mse, target, prediction) if wanted[1] else None,
-    )
+def _gradients(ctx: Any, d_mse: Tensor, d_diagnostics: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    pairs = zip(ctx.needs_input_grad, (tensors, tensors[::-1]), strict=True)
+    return tuple(_backward(d_mse, *pair) if wanted else None for wanted, pair in pairs)
 
 
-_forward = differentiable(custom_op("flow_matching_loss", launch_forward, _fake_forward), save_inputs, _gradients)
+_forward = differentiable("flow_matching_loss", launch_forward, _fake_forward, _gradients)
 _backward = backward_op("flow_matching_loss", launch_backward, lambda d_mse, x, other: like(x)[0])
 
 
@@ -168,31 +165,11 @@ def _fused(prediction: Tensor, target: Tensor) -> FlowLoss:
     return FlowLoss(mse, *diagnostics.detach().unbind(0))
 
 
-def _clip_dim(shape: ModelShape) -> int:
-    return shape.clip_dim
-
-
 def _make(make: Maker, shape: ModelShape) -> Tensors:
     sizes = shape.batch_size, shape.num_tokens, shape.clip_dim
     return make.leaf(*sizes), make.constant(*sizes)
 
 
-OPERATION = Operation(
-    "flow_matching_loss",
-    reference,
-    check,
-    _fused,
-    launches,
-    _clip_dim,
-    candidates,
-    (
-        Workload(
-            "flow_matching_loss",
-            _make,
-            lambda operations, *x: operations.flow_matching_loss(*x),
-            _clip_dim,
-            tensors=(2, 3),
-        ),
-    ),
-)
+WORKLOADS = (Workload("flow_matching_loss", _make, "clip_dim", (2, 3)),)
+OPERATION = Operation("flow_matching_loss", reference, check, _fused, launches, "clip_dim", candidates, WORKLOADS)
 flow_matching_loss = OPERATION.public()

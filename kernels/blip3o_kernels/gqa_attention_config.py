@@ -63,18 +63,12 @@ def _fp32_config(kernel: str, wide: bool) -> AttentionConfig:
 
 def candidates(D: int, dtype: torch.dtype, arch: int) -> dict[str, list[AttentionConfig]]:
     """What a search tries for each kernel: the rule's, and what is likely to fit registers; in fp32 only the rule's."""
-    return {kernel: _candidates(kernel, D, dtype, arch) for kernel in KERNELS}
-
-
-def _candidates(kernel: str, D: int, dtype: torch.dtype, arch: int) -> list[AttentionConfig]:
-    found = [attention_config(kernel, D, dtype, arch)]
-    if dtype == torch.float32:
-        return found
-    for rows, keys, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)):
-        config = AttentionConfig(rows, keys, warps, stages)
-        registers = _registers(kernel, config, D)
-        if 48 <= registers <= (160 if kernel == "dkdv" else 128) and config not in found:
-            found.append(config)
+    space = [AttentionConfig(*sizes) for sizes in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))]
+    found = {}
+    for kernel in KERNELS:
+        limit = 0 if dtype == torch.float32 else 160 if kernel == "dkdv" else 128
+        fitting = [config for config in space if 48 <= _registers(kernel, config, D) <= limit]
+        found[kernel] = list(dict.fromkeys([attention_config(kernel, D, dtype, arch), *fitting]))
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -39,11 +39,9 @@ class RowConfig:
 
 
 @dataclass(frozen=True)
-class SumConfig:
+class SumConfig(RowConfig):
     """A program of a row kernel that also sums over tokens takes several tiles, and leaves one partial sum for all."""
 
-    rows: int
-    num_warps: int
     programs: int  # about how many share the tokens: enough to fill a GPU, few enough that the partial sums stay small
 
     def split(self, B: int, N: int) -> tuple[int, int]:
@@ -67,59 +65,50 @@ def row_config(N: int, D: int, elements_per_thread: int, tile: int = 4096) -> Ro
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class RowRule:
+    """How a row kernel is launched where nothing was measured, as `row_config` says, and what a search tries."""
+
     op: str
     elements_per_thread: int
     tile: int = 4096
     tried: tuple[int, ...] = (8, 16, 32)  # elements a thread
 
-    def tile_of(self, N: int, D: int) -> RowConfig:
-        return row_config(N, D, self.elements_per_thread, self.tile)
-
-    def tiles_to_try(self, D: int) -> list[RowConfig]:
-        """Tiles of 1024 to 16384 elements, each thread with one of the shares to try."""
-        width = next_power_of_2(D)
-        configs = []
-        for rows in (1, 2, 4, 8, 16, 32, 64):
-            elements = rows * width
-            if not (1024 <= elements <= 16384):
-                continue
-            warps = (elements // (32 * share) for share in self.tried)
-            configs += [RowConfig(rows, count) for count in warps if 1 <= count <= 16]
-        return configs
-
-
-class RowRule(_Tiles):
-    """How a row kernel is launched where nothing was measured, as `row_config` says, and what a search tries."""
-
     def choose(self, x: Tensor, N: int, D: int) -> RowConfig:
         """The configuration for `[..., N, D]` of x's dtype on x's GPU."""
-        return choose(self.op, shape_class(x.dtype, D=D), x, self.tile_of(N, D))
+        rule = row_config(N, D, self.elements_per_thread, self.tile)
+        return choose(self.op, shape_class(x.dtype, D=D), x, rule)
 
-    def candidates(self, D: int) -> list[RowConfig]:
-        return self.tiles_to_try(D)
+    def candidates(self, D: int) -> Sequence[RowConfig]:
+        """Tiles of 1024 to 16384 elements, each thread with one of the shares to try."""
+        sizes = [(rows, rows * next_power_of_2(D)) for rows in (1, 2, 4, 8, 16, 32, 64)]
+        return [
+            RowConfig(rows, elements // (32 * share))
+            for rows, elements in sizes
+            for share in self.tried
+            if 1024 <= elements <= 16384 and 1 <= elements // (32 * share) <= 16
+        ]
 
 
-class SumRule(_Tiles):
+class SumRule(RowRule):
     """The same for a row kernel that also sums over tokens."""
 
     def choose(self, x: Tensor, N: int, D: int) -> SumConfig:
         """1024 programs: about two waves of four programs on each of 132 multiprocessors."""
-        tile = self.tile_of(N, D)
+        tile = row_config(N, D, self.elements_per_thread, self.tile)
         return choose(self.op, shape_class(x.dtype, D=D), x, SumConfig(tile.rows, tile.num_warps, 1024))
 
-    def candidates(self, D: int) -> list[SumConfig]:
+    def candidates(self, D: int) -> Sequence[SumConfig]:
         """Every tile, each for half, once, twice and four times the rule's number of programs."""
-        tiles = self.tiles_to_try(D)
+        tiles = super().candidates(D)
         return [SumConfig(tile.rows, tile.num_warps, count) for tile in tiles for count in (512, 1024, 2048, 4096)]
 
 
-def candidates_of(*rules: RowRule | SumRule) -> Callable[..., dict[str, Any]]:
+def candidates_of(*rules: RowRule) -> Callable[..., dict[str, Any]]:
     """An operation's `candidates`: what a search tries for each of its kernels."""
     return lambda D, *_: {rule.op: rule.candidates(D) for rule in rules}
 
 
-def launch_rows(kernel: Any, programs: int, config: RowConfig | SumConfig, D: int, x: Tensor, *arguments: Any) -> None:
+def launch_rows(kernel: Any, programs: int, config: RowConfig, D: int, x: Tensor, *arguments: Any) -> None:
     """Launch a row kernel, whose first tensor is x and whose last parameters are D, its block and the tile's rows."""
     with torch.cuda.device_of(x):
         kernel[(programs,)](
@@ -173,7 +162,12 @@ def choose(op: str, shape_class: str, x: Tensor, default: C) -> C:
     if not x.is_cuda:
         return default
     entry = tuned_table(TUNED_PATH).get(gpu_name(x.device.index), {}).get(op, {}).get(shape_class)
-    return default if entry is None else _configuration(entry, default, f"{op}, {shape_class}")
+    if entry is None:
+        return default
+    expected, found = sorted(field.name for field in fields(default)), sorted(entry)  # type: ignore[arg-type]
+    if found != expected:
+        raise ValueError(f"{TUNED_PATH}: {op}, {shape_class}: expected fields {expected}, found {found}; retune it")
+    return type(default)(**entry)
 
 
 @contextmanager
@@ -283,10 +277,3 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least n; 1 for n below one."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def _configuration(entry: dict[str, int], default: C, where: str) -> C:
-    expected = {field.name for field in fields(default)}  # type: ignore[arg-type]
-    if set(entry) != expected:
-        raise ValueError(f"{TUNED_PATH}: {where}: expected fields {sorted(expected)}, found {sorted(entry)}; retune it")
-    return type(default)(**entry)

@@ -30,7 +30,7 @@ class Operation(Generic[P, R]):
     check: Callable[..., str | None]  # raises ValueError; returns why the kernel cannot take the arguments, or None
     kernel: Callable[..., R]
     launches: Callable[[ModelShape, torch.dtype], None]  # launches every kernel as the model does, on meta tensors
-    channels: Callable[[ModelShape], int]  # the D that launch configurations depend on
+    channels: str  # the size of a `ModelShape` that launch configurations depend on, as D
     candidates: Callable[[int, torch.dtype, int], dict[str, Any]] | None = None  # (D, dtype, arch) -> kernel -> configs
     workloads: tuple[Workload, ...] = ()  # what is timed; the first has the operation's name
     deciding: int = 0  # position of the tensor whose device and dtype choose the path

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like, save_inputs
+from blip3o_kernels.autograd import backward_op, differentiable, like
 from blip3o_kernels.checks import check_device, check_floating, check_parameter
 from blip3o_kernels.launch import (
     RowRule,
@@ -27,7 +27,7 @@ from blip3o_kernels.numeric import inverse_rms, load_row, norm_gradient, rounded
 from blip3o_kernels.operation import Operation, compute_dtype
 from blip3o_kernels.rms_norm import gain_gradients, normalized
 from blip3o_kernels.triton_language import tl, triton
-from blip3o_kernels.workload import ModelShape, Workload, head_dim, qk_width
+from blip3o_kernels.workload import ModelShape, Workload
 
 
 def reference(
@@ -185,10 +185,10 @@ def launch_forward(
     q, k = dense(q), dense(k)
     B, Nq, H, D = q.shape
     Nk, Hkv = k.shape[1:3]
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_out, k_out = like(q, k)
     config = FORWARD.choose(q, Nq * H, D)
     q_blocks, k_blocks = cdiv(Nq * H, config.rows), cdiv(Nk * Hkv, config.rows)
-    tensors = k, q_weight.contiguous(), k_weight.contiguous(), _table(cos), _table(sin), q_out, k_out
+    tensors = k, *_contiguous(q_weight, k_weight, cos, sin), q_out, k_out
     sizes = *q.stride()[:3], *k.stride()[:3], Nq, Nk, q_blocks, k_blocks, eps, H, Hkv
     launch_rows(_forward_kernel, B * (q_blocks + k_blocks), config, D, q, *tensors, *sizes)
     return q_out, k_out
@@ -207,23 +207,22 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, q_weight and k_weight."""
     dq, dk, q, k = dense(dq), dense(dk), dense(q), dense(k)
-    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
     B, Nq, H, D = q.shape
     Nk, Hkv = k.shape[1:3]
-    dq_out, dk_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    dq_out, dk_out = like(q, k)
     config = (BACKWARD_WIDE if D > 64 else BACKWARD).choose(q, Nq * H, D)
     q_splits, tiles = config.split(B, Nq * H)
     k_splits = cdiv(Nk * Hkv, config.rows * tiles)
-    q_partial, k_partial = (
-        torch.empty(B, splits, D, dtype=torch.float32, device=q.device) for splits in (q_splits, k_splits)
-    )
-    tensors = dk, q, k, q_weight, k_weight, _table(cos), _table(sin), dq_out, dk_out, q_partial, k_partial
+    q_partial, k_partial = (q.new_empty(B, splits, D, dtype=torch.float32) for splits in (q_splits, k_splits))
+    tensors = dk, q, k, *_contiguous(q_weight, k_weight, cos, sin), dq_out, dk_out, q_partial, k_partial
     strides = *dq.stride()[:3], *dk.stride()[:3], *q.stride()[:3], *k.stride()[:3]
     sizes = Nq, Nk, q_splits, k_splits, tiles, eps, H, Hkv
     launch_rows(_backward_kernel, B * (q_splits + k_splits), config, D, dq, *tensors, *strides, *sizes)
-    d_q_weight, _ = gain_gradients(q_partial, q_weight, None, gate=False)
-    d_k_weight, _ = gain_gradients(k_partial, k_weight, None, gate=False)
-    return dq_out, dk_out, d_q_weight, d_k_weight
+    return dq_out, dk_out, gain_gradients(q_partial, q_weight)[0], gain_gradients(k_partial, k_weight)[0]
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def launches(shape: ModelShape, dtype: torch.dtype) -> None:
@@ -238,34 +237,15 @@ def launches(shape: ModelShape, dtype: torch.dtype) -> None:
             launch_backward(q_out, k_out, q, k, weight, weight, tables, tables, 1e-6)
 
 
-def _table(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(dq, dk, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
-_backward = backward_op(
-    "qk_norm_rope", launch_backward, lambda dq, dk, q, k, q_weight, k_weight, *_: like(q, k, q_weight, k_weight)
-)
+_fused = differentiable("qk_norm_rope", launch_forward, lambda q, k, *_: like(q, k), _gradients)
+_backward = backward_op("qk_norm_rope", launch_backward, lambda *x: like(*x[2:6]))
 
-OPERATION = Operation(
-    "qk_norm_rope",
-    reference,
-    check,
-    differentiable(custom_op("qk_norm_rope", launch_forward, lambda q, k, *_: like(q, k)), save_inputs, _gradients),
-    launches,
-    head_dim,
-    candidates,
-    (
-        Workload(
-            "qk_norm_rope",
-            lambda make, shape: (*make.qkv(shape)[:2], *make.rope(shape)),
-            lambda operations, *x: operations.qk_norm_rope(*x, 1e-6),
-            qk_width,
-            tensors=(2, 3),
-        ),
-    ),
+WORKLOADS = (
+    Workload("qk_norm_rope", lambda make, shape: (*make.qkv(shape)[:2], *make.rope(shape)), "qk_width", (2, 3)),
 )
+OPERATION = Operation("qk_norm_rope", reference, check, _fused, launches, "head_dim", candidates, WORKLOADS)
 qk_norm_rope = OPERATION.public()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like, save_inputs
+from blip3o_kernels.autograd import backward_op, differentiable, like
 from blip3o_kernels.checks import check_floating, check_parameter
 from blip3o_kernels.launch import (
     ROW_OPTIONS,
@@ -28,7 +28,7 @@ from blip3o_kernels.launch import (
 from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
 from blip3o_kernels.operation import Operation, compute_dtype
 from blip3o_kernels.triton_language import tl, triton
-from blip3o_kernels.workload import ModelShape, Workload, hidden_size
+from blip3o_kernels.workload import Maker, ModelShape, Tensors, Workload
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-6, scale: Tensor | None = None) -> Tensor:
@@ -152,11 +152,11 @@ def launch_forward(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) 
     rows, weight = as_rows(x, scale is not None), weight.contiguous()
     scale, scale_b = _modulation(scale)
     B, N, D = rows.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (y,) = like(x)
     config = FORWARD.choose(x, N, D)
     blocks = cdiv(N, config.rows)
-    arguments = weight, scale, y, *rows.stride()[:2], scale_b, N, blocks, eps
-    launch_rows(_forward_kernel, B * blocks, config, D, rows, *arguments)
+    strides = *rows.stride()[:2], scale_b
+    launch_rows(_forward_kernel, B * blocks, config, D, rows, weight, scale, y, *strides, N, blocks, eps)
     return y
 
 
@@ -168,14 +168,14 @@ def launch_backward(
     rows, upstream, weight = as_rows(x, per_sample), as_rows(dy, per_sample), weight.contiguous()
     scale, scale_b = _modulation(scale)
     B, N, D = rows.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (dx,) = like(x)
     config = BACKWARD.choose(x, N, D)
     splits, tiles = config.split(B, N)
     partial = torch.empty(B, splits, D, dtype=torch.float32, device=x.device)
     strides = *upstream.stride()[:2], *rows.stride()[:2], scale_b
     arguments = rows, weight, scale, dx, partial, *strides, N, splits, tiles, eps
     launch_rows(_backward_kernel, B * splits, config, D, upstream, *arguments)
-    return dx, *gain_gradients(partial, weight, scale, gate=False)
+    return dx, *gain_gradients(partial, weight, scale)
 
 
 def _modulation(scale: Tensor | None) -> tuple[Tensor | None, int]:
@@ -186,7 +186,9 @@ def _modulation(scale: Tensor | None) -> tuple[Tensor | None, int]:
     return scale, scale.stride(0)
 
 
-def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate: bool) -> tuple[Tensor, Tensor]:
+def gain_gradients(
+    partial: Tensor, weight: Tensor, factor: Tensor | None = None, gate: bool = False
+) -> tuple[Tensor, Tensor]:
     """Gradients of `weight` and `factor` whose gain is `weight * (1 + factor)`, or `weight * tanh(factor)` with `gate`.
 
     Args:
@@ -200,7 +202,7 @@ def gain_gradients(partial: Tensor, weight: Tensor, factor: Tensor | None, gate:
             rows, d_factor = partial.view(B * splits, D), weight.new_empty(0)
         else:
             rows = torch.empty(B, D, dtype=torch.float32, device=weight.device)
-            d_factor = torch.empty(B, D, dtype=factor.dtype, device=weight.device)
+            (d_factor,) = like(factor)
             _factor_gradient_kernel[(B * cdiv(D, 64),)](
                 partial, weight, factor, d_factor, rows, factor.stride(0), splits,
                 D, 64, 32, gate, num_warps=4, **ROW_OPTIONS,
@@ -222,11 +224,8 @@ def launches(shape: ModelShape, dtype: torch.dtype) -> None:
             launch_backward(x, x, weight, modulation, 1e-6)
 
 
-def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_x, d_weight = like(x, weight)
-    return d_x, d_weight, weight.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    return like(x, weight, weight[:0] if scale is None else scale)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,32 +234,29 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, d_weight, None if scale is None else d_scale, None
 
 
-_forward = differentiable(custom_op("rms_norm", launch_forward, lambda x, *_: like(x)[0]), save_inputs, _gradients)
+_forward = differentiable("rms_norm", launch_forward, lambda x, *_: like(x)[0], _gradients)
 _backward = backward_op("rms_norm", launch_backward, _fake_backward)
 
-OPERATION = Operation(
-    "rms_norm",
-    reference,
-    check,
-    lambda x, weight, eps, scale: _forward(x, weight, scale, eps),
-    launches,
-    hidden_size,
-    candidates,
-    (
-        Workload(
-            "rms_norm",
-            lambda make, shape: (make.leaf(*shape.rows), make.leaf(shape.hidden_size)),
-            lambda operations, *x: operations.rms_norm(*x, 1e-6),
-            hidden_size,
-            tensors=(2, 3),
-        ),
-        Workload(
-            "modulated_rms_norm",
-            lambda make, shape: tuple(make.leaf(*sizes) for sizes in (shape.rows, shape.rows[2:], shape.rows[::2])),
-            lambda operations, x, weight, scale: operations.rms_norm(x, weight, 1e-6, scale),
-            hidden_size,
-            tensors=(2, 3),
-        ),
-    ),
+
+def _fused(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor:
+    return _forward(x, weight, scale, eps)
+
+
+def _make(make: Maker, shape: ModelShape) -> Tensors:
+    return make.leaf(*shape.rows), make.leaf(shape.hidden_size)
+
+
+def _make_modulated(make: Maker, shape: ModelShape) -> Tensors:
+    return *_make(make, shape), make.leaf(shape.batch_size, shape.hidden_size)
+
+
+def _modulated(operations: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return operations.rms_norm(x, weight, scale=scale)
+
+
+WORKLOADS = (
+    Workload("rms_norm", _make, "hidden_size", (2, 3)),
+    Workload("modulated_rms_norm", _make_modulated, "hidden_size", (2, 3), call=_modulated),
 )
+OPERATION = Operation("rms_norm", reference, check, _fused, launches, "hidden_size", candidates, WORKLOADS)
 rms_norm = OPERATION.public()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like
-from blip3o_kernels.checks import check_device, check_dtype, check_floating, check_parameter, check_shape
+from blip3o_kernels.autograd import backward_op, differentiable, like
+from blip3o_kernels.checks import check_floating, check_like, check_parameter, check_shape
 from blip3o_kernels.launch import (
     RowRule,
     SumRule,
@@ -28,7 +28,7 @@ from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradie
 from blip3o_kernels.operation import Operation, compute_dtype
 from blip3o_kernels.rms_norm import gain_gradients, normalized, per_sample
 from blip3o_kernels.triton_language import tl, triton
-from blip3o_kernels.workload import Maker, ModelShape, Tensors, Workload, hidden_size
+from blip3o_kernels.workload import Maker, ModelShape, Tensors, Workload
 
 
 def reference(
@@ -69,8 +69,7 @@ def check(branch_out: Tensor, residual: Tensor, *parameters: Any) -> str | None:
     check_floating("branch_out", branch_out, dims=3)
     B, _, D = branch_out.shape
     check_shape("residual", residual, branch_out.shape)
-    check_dtype("residual", residual, "branch_out", branch_out)
-    check_device("residual", residual, "branch_out", branch_out)
+    check_like("residual", residual, "branch_out", branch_out)
     names = ("post_weight", "gate", "next_pre_weight", "next_scale")
     for name, parameter, shape in zip(names, parameters, ((D,), (B, D)) * 2, strict=False):  # eps comes last
         check_parameter(name, parameter, shape, "branch_out", branch_out)
@@ -151,52 +150,44 @@ candidates = candidates_of(FORWARD, BACKWARD)
 
 
 def launch_forward(
-    branch_out: Tensor,
-    residual: Tensor,
-    post_weight: Tensor,
-    gate: Tensor,
-    next_pre_weight: Tensor,
-    next_scale: Tensor,
-    eps: float,
+    branch: Tensor, stream: Tensor, post_weight: Tensor, gate: Tensor, pre_weight: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """New residual and next input, `[B, N, D]`, contiguous."""
-    branch, stream, gate, scale = as_rows(branch_out), as_rows(residual), dense(gate), dense(next_scale)
+    branch, stream, gate, scale = as_rows(branch), as_rows(stream), dense(gate), dense(scale)
     B, N, D = branch.shape
-    new_residual, next_input = (torch.empty(B, N, D, dtype=branch.dtype, device=branch.device) for _ in range(2))
+    new_residual, next_input = like(branch, branch)
     config = FORWARD.choose(branch, N, D)
     blocks = cdiv(N, config.rows)
-    tensors = stream, post_weight.contiguous(), gate, next_pre_weight.contiguous(), scale, new_residual, next_input
+    tensors = stream, post_weight.contiguous(), gate, pre_weight.contiguous(), scale, new_residual, next_input
     strides = *branch.stride()[:2], *stream.stride()[:2], gate.stride(0), scale.stride(0)
     launch_rows(_forward_kernel, B * blocks, config, D, branch, *tensors, *strides, N, blocks, eps)
     return new_residual, next_input
 
 
 def launch_backward(
-    d_new_residual: Tensor,
-    d_next_input: Tensor,
-    branch_out: Tensor,
+    d_stream: Tensor,
+    upstream: Tensor,
+    branch: Tensor,
     new_residual: Tensor,
     post_weight: Tensor,
     gate: Tensor,
-    next_pre_weight: Tensor,
-    next_scale: Tensor,
+    pre_weight: Tensor,
+    scale: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the six tensors of `sandwich`, in its order; `new_residual` is what the forward returned."""
-    branch, d_stream, upstream = as_rows(branch_out), as_rows(d_new_residual), as_rows(d_next_input)
-    post_weight, gate = post_weight.contiguous(), dense(gate)
-    pre_weight, scale = next_pre_weight.contiguous(), dense(next_scale)
+    """Gradients of the six tensors of `sandwich`, in its order, from those of its two outputs."""
+    branch, d_stream, upstream = as_rows(branch), as_rows(d_stream), as_rows(upstream)
+    post_weight, gate, pre_weight, scale = post_weight.contiguous(), dense(gate), pre_weight.contiguous(), dense(scale)
     B, N, D = branch.shape
-    d_branch, d_residual = (torch.empty(B, N, D, dtype=branch.dtype, device=branch.device) for _ in range(2))
+    d_branch, d_residual = like(branch, branch)
     config = BACKWARD.choose(branch, N, D)
     splits, tiles = config.split(B, N)
     post, pre = (torch.empty(B, splits, D, dtype=torch.float32, device=branch.device) for _ in range(2))
     tensors = upstream, branch, new_residual, post_weight, gate, pre_weight, scale, d_branch, d_residual, post, pre
     strides = *d_stream.stride()[:2], *upstream.stride()[:2], *branch.stride()[:2], gate.stride(0), scale.stride(0)
     launch_rows(_backward_kernel, B * splits, config, D, d_stream, *tensors, *strides, N, splits, tiles, eps)
-    d_post_weight, d_gate = gain_gradients(post, post_weight, gate, gate=True)
-    d_pre_weight, d_scale = gain_gradients(pre, pre_weight, scale, gate=False)
-    return d_branch, d_residual, d_post_weight, d_gate, d_pre_weight, d_scale
+    post_gradients = gain_gradients(post, post_weight, gate, gate=True)
+    return d_branch, d_residual, *post_gradients, *gain_gradients(pre, pre_weight, scale)
 
 
 def launches(shape: ModelShape, dtype: torch.dtype) -> None:
@@ -209,22 +200,17 @@ def launches(shape: ModelShape, dtype: torch.dtype) -> None:
         launch_backward(x, x, x, x, weight, gate, weight, scale, 1e-6)
 
 
-def _fake_backward(
-    d_new_residual: Tensor, d_next_input: Tensor, branch_out: Tensor, new_residual: Tensor, *parameters: Any
-) -> tuple[Tensor, ...]:
-    return like(branch_out, branch_out, *parameters[:-1])
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    branch_out, _, *parameters, ctx.eps = inputs
-    ctx.save_for_backward(branch_out, output[0], *parameters)
+    branch, _, *parameters, ctx.eps = inputs
+    ctx.save_for_backward(branch, output[0], *parameters)
 
 
 def _gradients(ctx: Any, d_new_residual: Tensor, d_next_input: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(d_new_residual, d_next_input, *ctx.saved_tensors, ctx.eps), None
 
 
-_backward = backward_op("sandwich", launch_backward, _fake_backward)
+_fused = differentiable("sandwich", launch_forward, lambda branch, *_: like(branch, branch), _gradients, _save)
+_backward = backward_op("sandwich", launch_backward, lambda *x: like(x[2], x[2], *x[4:-1]))
 
 
 def _make(make: Maker, shape: ModelShape) -> Tensors:
@@ -233,14 +219,6 @@ def _make(make: Maker, shape: ModelShape) -> Tensors:
     return make.leaf(*shape.rows), make.leaf(*shape.rows), make.leaf(D), gate, make.leaf(D), scale
 
 
-OPERATION = Operation(
-    "sandwich",
-    reference,
-    check,
-    differentiable(custom_op("sandwich", launch_forward, lambda x, *_: like(x, x)), _save, _gradients),
-    launches,
-    hidden_size,
-    candidates,
-    (Workload("sandwich", _make, lambda operations, *x: operations.sandwich(*x, 1e-6), hidden_size, tensors=(4, 6)),),
-)
+WORKLOADS = (Workload("sandwich", _make, "hidden_size", (4, 6)),)
+OPERATION = Operation("sandwich", reference, check, _fused, launches, "hidden_size", candidates, WORKLOADS)
 sandwich = OPERATION.public()

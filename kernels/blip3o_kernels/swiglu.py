@@ -12,18 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_kernels.autograd import backward_op, custom_op, differentiable, like, save_inputs
-from blip3o_kernels.checks import check_device, check_dtype, check_floating, check_shape
-from blip3o_kernels.launch import (
-    ROW_OPTIONS,
-    TileConfig,
-    as_rows,
-    cdiv,
-    choose,
-    shape_class,
-    tile_candidates,
-    tile_config,
-)
+from blip3o_kernels.autograd import backward_op, differentiable, like
+from blip3o_kernels.checks import check_floating, check_like, check_shape
+from blip3o_kernels.launch import ROW_OPTIONS, as_rows, cdiv, choose, shape_class, tile_candidates, tile_config
 from blip3o_kernels.numeric import rounded
 from blip3o_kernels.operation import Operation
 from blip3o_kernels.triton_language import tl, triton
@@ -45,8 +36,7 @@ def reference(gate: Tensor, up: Tensor) -> Tensor:
 def check(gate: Tensor, up: Tensor) -> None:
     check_floating("gate", gate)
     check_shape("up", up, gate.shape)
-    check_dtype("up", up, "gate", gate)
-    check_device("up", up, "gate", gate)
+    check_like("up", up, "gate", gate)
 
 
 @triton.jit(do_not_specialize=["N", "row_blocks", "column_blocks"])
@@ -90,38 +80,34 @@ def tile_of_program(row_blocks, column_blocks, ROWS: tl.constexpr, COLUMNS: tl.c
 
 def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
     """y of gate's shape, contiguous."""
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate, up = as_rows(gate, per_sample=False), as_rows(up, per_sample=False)
-    B, N, D = gate.shape
-    config = choose("swiglu", shape_class(gate.dtype, D=D), gate, tile_config(N, D))
-    blocks = cdiv(N, config.rows), cdiv(D, config.columns)
-    with torch.cuda.device_of(gate):
-        _forward_kernel[(B * blocks[0] * blocks[1],)](
-            gate, up, y, *gate.stride()[:2], *up.stride()[:2], N, D, *blocks,
-            config.rows, config.columns, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
-    return y
+    return _launch("swiglu", _forward_kernel, like(gate)[0], gate, up)
 
 
 def launch_backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """Gradients of gate and up side by side, `[..., 2 D]`, contiguous."""
-    *batch, D = gate.shape
-    d_both = torch.empty(*batch, 2 * D, dtype=gate.dtype, device=gate.device)
-    dy, gate, up = (as_rows(x, per_sample=False) for x in (dy, gate, up))
-    B, N, D = gate.shape
-    config = choose("swiglu_backward", shape_class(gate.dtype, D=D), gate, tile_config(N, D))
+    return _launch("swiglu_backward", _backward_kernel, _empty_both(dy, gate, up), dy, gate, up)
+
+
+def _launch(op: str, kernel: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+    inputs = tuple(as_rows(x, per_sample=False) for x in inputs)
+    B, N, D = inputs[0].shape
+    config = choose(op, shape_class(out.dtype, D=D), out, tile_config(N, D))
     blocks = cdiv(N, config.rows), cdiv(D, config.columns)
-    with torch.cuda.device_of(gate):
-        _backward_kernel[(B * blocks[0] * blocks[1],)](
-            dy, gate, up, d_both, *dy.stride()[:2], *gate.stride()[:2], *up.stride()[:2], N, D, *blocks,
-            config.rows, config.columns, num_warps=config.num_warps, **ROW_OPTIONS,
-        )  # fmt: skip
-    return d_both
+    arguments = *inputs, out, *[stride for x in inputs for stride in x.stride()[:2]], N, D, *blocks
+    with torch.cuda.device_of(out):
+        kernel[(B * blocks[0] * blocks[1],)](
+            *arguments, config.rows, config.columns, num_warps=config.num_warps, **ROW_OPTIONS
+        )
+    return out
 
 
-def candidates(D: int, *_: Any) -> dict[str, list[TileConfig]]:
+def _empty_both(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1])
+
+
+def candidates(D: int, *_: Any) -> dict[str, Any]:
     """What a search tries for each kernel."""
-    return {"swiglu": tile_candidates(D), "swiglu_backward": tile_candidates(D)}
+    return dict.fromkeys(("swiglu", "swiglu_backward"), tile_candidates(D))
 
 
 def launches(shape: ModelShape, dtype: torch.dtype) -> None:
@@ -137,13 +123,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     return d_gate, d_up
 
 
-_backward = backward_op(
-    "swiglu", launch_backward, lambda dy, gate, up: gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1])
-)
-
-
-def _ffn_dim(shape: ModelShape) -> int:
-    return shape.ffn_dim
+_fused = differentiable("swiglu", launch_forward, lambda gate, up: like(gate)[0], _gradients)
+_backward = backward_op("swiglu", launch_backward, _empty_both)
 
 
 def _make(make: Maker, shape: ModelShape) -> Tensors:
@@ -151,14 +132,6 @@ def _make(make: Maker, shape: ModelShape) -> Tensors:
     return make.leaves((shape.batch_size, shape.num_tokens, 2 * D), (D, D), -1)
 
 
-OPERATION = Operation(
-    "swiglu",
-    reference,
-    check,
-    differentiable(custom_op("swiglu", launch_forward, lambda gate, up: like(gate)[0]), save_inputs, _gradients),
-    launches,
-    _ffn_dim,
-    candidates,
-    (Workload("swiglu", _make, lambda operations, *x: operations.swiglu(*x), _ffn_dim, tensors=(3, 5)),),
-)
+WORKLOADS = (Workload("swiglu", _make, "ffn_dim", (3, 5)),)
+OPERATION = Operation("swiglu", reference, check, _fused, launches, "ffn_dim", candidates, WORKLOADS)
 swiglu = OPERATION.public()

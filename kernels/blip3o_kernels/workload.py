@@ -38,6 +38,11 @@ class ModelShape:
         """`[B, N, D]` of the tokens between two branches."""
         return self.batch_size, self.num_tokens, self.hidden_size
 
+    @property
+    def qk_width(self) -> int:
+        """Channels of a token in q and k together."""
+        return (self.num_heads + self.num_kv_heads) * self.head_dim
+
 
 _PRESETS = {
     "tiny": (384, 6, 2, 1536),
@@ -54,14 +59,14 @@ class Workload:
 
     name: str
     make: Callable[[Maker, ModelShape], Tensors]  # the arguments
-    call: Callable[..., Any]  # (operations, *arguments), operations being a namespace that has them
-    width: Callable[[ModelShape], int]  # channels of a token in one of its tensors
+    width: str  # the size of a `ModelShape` that is the channels of a token in one of its tensors
     tensors: tuple[int, int]  # read or written by the forward and by the backward, without the small ones
     products: tuple[int, int] = (0, 0)  # of matrices, each of the scores' size; then also a number for every row
+    call: Callable[..., Any] | None = None  # (operations, *arguments); None calls the operation of this name
 
     def run(self, operations: Any, arguments: Tensors) -> Tensors:
-        """The outputs as a tuple."""
-        outputs = self.call(operations, *arguments)
+        """The outputs, as a tuple, of a namespace that has the operations."""
+        outputs = self.call(operations, *arguments) if self.call else getattr(operations, self.name)(*arguments)
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -92,18 +97,3 @@ class Maker:
         weights = self.leaf(shape.head_dim), self.leaf(shape.head_dim)
         angles = 3 * self.constant(shape.num_tokens, shape.head_dim // 2, dtype=torch.float32)
         return *weights, angles.cos(), angles.sin()
-
-
-def hidden_size(shape: ModelShape) -> int:
-    """Channels of a token between two branches."""
-    return shape.hidden_size
-
-
-def head_dim(shape: ModelShape) -> int:
-    """Channels of a head."""
-    return shape.head_dim
-
-
-def qk_width(shape: ModelShape) -> int:
-    """Channels of a token in q and k together."""
-    return (shape.num_heads + shape.num_kv_heads) * shape.head_dim
