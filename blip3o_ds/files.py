@@ -71,14 +71,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     fsync_dir(path.parent)
 
 
-def read_json(path: str | Path, error: type[Blip3oError] = DataError, remedy: str = "write it again") -> dict[str, Any]:
-    """The JSON object in the file `path`; raises `error`, which names the file, what was found, and the remedy."""
+@contextmanager
+def reading(path: str | Path, error: type[Blip3oError] = DataError, remedy: str = "write it again") -> Iterator[None]:
+    """Raise `error`, naming the file and the remedy, where the file is missing or the system refuses to read it."""
     try:
-        content = Path(path).read_bytes()
+        yield
     except FileNotFoundError:
         raise error(f"{path} is missing; {remedy}") from None
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror}; check the file system") from failure
+
+
+def read_json(path: str | Path, error: type[Blip3oError] = DataError, remedy: str = "write it again") -> dict[str, Any]:
+    """The JSON object in the file `path`; raises `error`, which names the file, what was found, and the remedy."""
+    with reading(path, error, remedy):
+        content = Path(path).read_bytes()
     return parse_json(content, path, error, remedy)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip3o_ds.data.format.codec import check_scale, decode, encode, has_nonfinite
+from blip3o_ds.data.format.codec import check_values, decode, encode, has_nonfinite
 from blip3o_ds.errors import DataError
 
 
@@ -70,4 +70,4 @@ def test_the_search_knows_both_nans_of_fp8():
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e36])
 def test_a_scale_that_makes_a_value_infinite_is_refused(scale):
     with pytest.raises(DataError, match="shard: sample a: eva_scale holds NaN or a value beyond"):
-        check_scale(torch.tensor([scale]), "eva", "shard: sample a")
+        check_values({"eva_scale": torch.tensor([scale])}, "shard: sample a")

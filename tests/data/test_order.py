@@ -94,5 +94,5 @@ def test_impossible_orders_are_refused(arguments, message):
 def test_only_two_windows_are_held():
     order = GlobalOrder([5] * 1000, seed=0, window_shards=4)
     order.slice(0, 2000)
-    assert len(order._windows) == 2
-    assert all(len(shards) == 20 for shards, _ in order._windows.values())
+    assert order._window.cache_info().currsize == 2
+    assert len(order._window(0, 99)[0]) == 20

@@ -9,10 +9,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -30,18 +29,12 @@ _TORCH_DTYPES: dict[StorageDType, torch.dtype] = {
     "fp32": torch.float32,
     "fp8-e4m3": torch.float8_e4m3fn,
 }
-_SAFETENSORS_DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
-# The bit pattern of infinity: as an integer, every NaN of the same sign lies above it and every finite value below.
-_INFINITY_BITS = {
-    torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
-    torch.float16: (np.int16, np.uint16, 0x7C00, 0xFC00),
-    torch.float32: (np.int32, np.uint32, 0x7F800000, 0xFF800000),
-    torch.float8_e4m3fn: (np.int8, np.uint8, 0x7F, 0xFF),  # has no infinity, and one NaN of each sign
+# Their names in safetensors, and the bits of infinity: as an integer, every NaN lies above it and all else below.
+_FORMATS = {
+    torch.bfloat16: ("BF16", 0x7F80),
+    torch.float16: ("F16", 0x7C00),
+    torch.float32: ("F32", 0x7F800000),
+    torch.float8_e4m3fn: ("F8_E4M3", 0x7F),  # has no infinity, and one NaN of each sign
 }
 
 
@@ -59,19 +52,14 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Piece(NamedTuple):
+class Piece:
     """A stretch of a tensor: its bytes, and the same bits as signed and as unsigned integers."""
 
-    bytes: np.ndarray
-    signed: np.ndarray
-    unsigned: np.ndarray
-    infinity: int  # as a signed integer
-    negative_infinity: int  # as an unsigned one
-
-    @classmethod
-    def of(cls, content: np.ndarray, dtype: torch.dtype) -> Piece:
-        signed, unsigned, *infinities = _INFINITY_BITS[dtype]
-        return cls(content, content.view(signed), content.view(unsigned), *infinities)
+    def __init__(self, content: np.ndarray, dtype: torch.dtype) -> None:
+        size = dtype.itemsize
+        self.bytes, self.signed, self.unsigned = content, content.view(f"i{size}"), content.view(f"u{size}")
+        self.infinity = _FORMATS[dtype][1]  # as a signed integer
+        self.negative_infinity = self.infinity + (1 << 8 * size - 1)  # as an unsigned one
 
     def has_nonfinite(self) -> bool:
         largest = np.maximum.reduce  # without the Python wrapper that `max` goes through
@@ -92,7 +80,7 @@ class SampleMemory(dict[str, Tensor]):
 
 def _pieces(tensor: Tensor) -> list[Piece]:
     content = _bytes(tensor)
-    return [Piece.of(content[i : i + _PIECE_BYTES], tensor.dtype) for i in range(0, len(content), _PIECE_BYTES)]
+    return [Piece(content[i : i + _PIECE_BYTES], tensor.dtype) for i in range(0, len(content), _PIECE_BYTES)]
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
@@ -113,7 +101,6 @@ def stored_tensors(spec: DatasetSpec) -> list[StoredTensor]:
 
 def encode(values: Tensor, dtype: StorageDType) -> tuple[Tensor, Tensor | None]:
     """Cast `values` [N, D] to the stored dtype; for fp8-e4m3 also the scales [N] fp32 to multiply with."""
-    values = values.detach().to("cpu")
     if dtype != "fp8-e4m3":
         return values.to(_TORCH_DTYPES[dtype]).contiguous(), None
     values = values.float()
@@ -139,32 +126,15 @@ def decode_all(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_values(stored: Mapping[str, Tensor], where: str) -> None:
-    """Raise DataError, naming the sample (`where`) and the tensor, if a value or a scale would be NaN or infinity."""
+    """Raise DataError, naming the sample (`where`) and the tensor, if a value read from it would be NaN or infinity."""
     for name, tensor in stored.items():
-        if name.endswith(SCALE_SUFFIX):
-            check_scale(tensor, name.removesuffix(SCALE_SUFFIX), where)
+        if not name.endswith(SCALE_SUFFIX):
+            found = "NaN or infinity" if has_nonfinite(tensor) else ""
         else:
-            check_finite(tensor, name, where)
-
-
-def check_finite(stored: Tensor, name: str, where: str) -> None:
-    """Raise DataError naming the sample (`where`) and the tensor (`name`) if it holds NaN or infinity."""
-    if has_nonfinite(stored):
-        raise DataError(f"{where}: {name} holds NaN or infinity; `blip3o-ds data verify` checks the rest")
-
-
-def check_scale(scale: Tensor, name: str, where: str) -> None:
-    """Raise DataError if `decode` would give NaN or infinity by this scale of fp8-e4m3."""
-    if not bool((scale.abs() <= _LARGEST_SCALE).all()):
-        raise DataError(
-            f"{where}: {name}_scale holds NaN or a value beyond {_LARGEST_SCALE:.3g}, which makes {name} infinite; "
-            "`blip3o-ds data verify` checks the rest"
-        )
-
-
-def to_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """The content of a sample's `.safetensors` file."""
-    return safetensors.torch.save(tensors)
+            is_sound = bool((tensor.abs() <= _LARGEST_SCALE).all())
+            found = "" if is_sound else f"NaN or a value beyond {_LARGEST_SCALE:.3g}, which makes values infinite"
+        if found:
+            raise DataError(f"{where}: {name} holds {found}; `blip3o-ds data verify` checks the rest")
 
 
 def parse_header(content: bytes | bytearray, spec: DatasetSpec, where: str) -> tuple[int, dict[str, int]]:
@@ -197,15 +167,15 @@ def has_nonfinite(values: Tensor) -> bool:
     """
     if values.numel() == 0:
         return False
-    if values.dtype not in _INFINITY_BITS:
+    if values.dtype not in _FORMATS:
         return not bool(torch.isfinite(values).all())
-    return Piece.of(_bytes(values.detach().contiguous()), values.dtype).has_nonfinite()
+    return Piece(_bytes(values.detach().contiguous()), values.dtype).has_nonfinite()
 
 
 def _checked_offset(entry: Any, tensor: StoredTensor, where: str) -> int:
     if not isinstance(entry, dict) or not isinstance(entry.get("data_offsets"), list):
         raise DataError(f"{where}: the safetensors header is damaged at tensor {tensor.name}")
-    expected = (_SAFETENSORS_DTYPES[tensor.dtype], list(tensor.shape))
+    expected = (_FORMATS[tensor.dtype][0], list(tensor.shape))
     found = (entry.get("dtype"), entry.get("shape"))
     if found != expected:
         raise DataError(

@@ -20,12 +20,12 @@ import safetensors
 import safetensors.numpy
 
 from blip3o_ds.data.format.codec import stored_tensors
-from blip3o_ds.data.format.manifest import FORMAT_VERSIONS
+from blip3o_ds.data.format.manifest import check_version
 from blip3o_ds.data.format.moments import ChannelMoments, merge_moments, no_moments
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.tar import Member
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import atomic_write_bytes
+from blip3o_ds.files import atomic_write_bytes, reading
 
 # All metadata is one entry: safetensors writes several in no fixed order, and equal content must give equal bytes.
 _METADATA_KEY = "blip3o_ds_index"
@@ -40,12 +40,8 @@ def index_path(tar: str | Path) -> Path:
 
 def check_tar_size(path: Path, num_bytes: int) -> None:
     """Raise DataError unless the tar at `path` is there and has `num_bytes`."""
-    try:
+    with reading(path, DataError, "copy the dataset again, whole, or write it again"):
         found = path.stat().st_size
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; copy the dataset again, whole, or write it again") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the file system") from error
     if found != num_bytes:
         raise DataError(
             f"{path} has {found} bytes, expected {num_bytes}: it is truncated or was replaced; copy it again"
@@ -67,7 +63,7 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         """Write the index in one step."""
         keys = [key.encode() for key in self.keys]
-        arrays: dict[str, np.ndarray] = {
+        arrays = {
             "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
             "key_offsets": np.cumsum([0, *map(len, keys)], dtype=np.int64),
             **self.members,
@@ -92,11 +88,7 @@ class ShardIndex:
     def load(path: Path) -> ShardIndex:
         """Read and check an index; every error is a DataError that names the file and the field."""
         metadata, arrays = _read(path)
-        if metadata.get("format_version") not in FORMAT_VERSIONS:
-            raise DataError(
-                f"{path}: format_version is {metadata.get('format_version')!r}, this release reads "
-                f"{' and '.join(map(str, FORMAT_VERSIONS))}; write the dataset again"
-            )
+        check_version(metadata.get("format_version"), path)
         if unknown := sorted(set(metadata) - set(_METADATA)):
             raise DataError(f"{path}: field {unknown[0]!r} is unknown; copy or write this shard again")
         # The first indexes had no digest.
@@ -104,14 +96,18 @@ class ShardIndex:
             raise DataError(f"{path}: its content does not match its digest; copy or write this shard again")
         spec = DatasetSpec.from_dict(metadata.get("spec"), path)
         try:
+            key_bytes = arrays["key_bytes"].tobytes()
             index = ShardIndex(
                 spec=spec,
-                keys=_split(arrays["key_bytes"].tobytes(), arrays["key_offsets"].tolist()),
+                keys=[key_bytes[start:stop].decode() for start, stop in pairwise(arrays["key_offsets"].tolist())],
                 num_bytes=int(metadata["num_bytes"]),
                 sha256=str(metadata["sha256"]),
                 members={name: arrays[name] for name in MEMBERS},
                 tensors={tensor.name: arrays[f"tensor.{tensor.name}"] for tensor in stored_tensors(spec)},
-                moments={name: _moments(arrays, name) for name in spec.tensors},
+                moments={
+                    name: ChannelMoments(int(arrays[f"{name}_count"][0]), arrays[f"{name}_mean"], arrays[f"{name}_m2"])
+                    for name in spec.tensors
+                },
             )
         except KeyError as error:
             raise DataError(f"{path}: field {error} is missing; write this shard again") from error
@@ -153,18 +149,15 @@ class IndexBuilder:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    try:
+    with reading(path, DataError, "its shard is incomplete: copy or write it again"):
         # Not by safetensors' memory map: a file that is truncated under a map kills the process.
         content = path.read_bytes()
+    try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = json.loads(header["__metadata__"][_METADATA_KEY])
         if not isinstance(metadata, dict):
             raise ValueError(f"its metadata is a {type(metadata).__name__}")
         return metadata, safetensors.numpy.load(content)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: its shard is incomplete; copy or write it again") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the file system") from error
     except (KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise DataError(f"{path} is not a shard index ({error}); copy or write this shard again") from error
 
@@ -176,14 +169,6 @@ def _digest(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
-
-
-def _split(content: bytes, offsets: list[int]) -> list[str]:
-    return [content[start:stop].decode() for start, stop in pairwise(offsets)]
-
-
-def _moments(arrays: dict[str, np.ndarray], name: str) -> ChannelMoments:
-    return ChannelMoments(int(arrays[f"{name}_count"][0]), arrays[f"{name}_mean"], arrays[f"{name}_m2"])
 
 
 def _check(index: ShardIndex, num_samples: Any, path: Path) -> None:

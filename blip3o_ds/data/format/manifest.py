@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_ds.data.format.schema import MAKERS, DatasetSpec, read_field
+from blip3o_ds.data.format.schema import MAKERS, DatasetSpec, read_field, read_fields
 from blip3o_ds.data.format.selection import Selection
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import atomic_write_json, parse_json, read_json
 
 FORMAT_VERSIONS = (1, 2)  # that are read; `DatasetSpec.format_version` is the one that is written
 MANIFEST_NAME = "manifest.json"
+_SHARD_KINDS = {"name": str, "num_samples": int, "num_bytes": int, "sha256": str}
+_SELECTION_KINDS = {"of": str, "fraction": float, "part": str}
 _REMEDY = f"a dataset folder holds one; {MAKERS} make it, and finish one that was interrupted"
 
 
@@ -72,12 +74,7 @@ class Manifest:
 
     @staticmethod
     def _from_dict(content: dict[str, Any], path: Path | str) -> Manifest:
-        version = read_field(content, "format_version", int, path)
-        if version not in FORMAT_VERSIONS:
-            raise DataError(
-                f"{path}: format_version is {version}, this release reads {' and '.join(map(str, FORMAT_VERSIONS))}; "
-                f"write the dataset again with {MAKERS}, or use the release that wrote it"
-            )
+        check_version(read_field(content, "format_version", int, path), path)
         spec = DatasetSpec.from_dict(read_field(content, "spec", dict, path), path)
         stats = read_field(content, "stats", dict, path)
         manifest = Manifest(
@@ -99,29 +96,35 @@ class Manifest:
             "extra": self.extra,
             **({"selection": asdict(self.selection)} if self.selection else {}),
             "shards": [vars(shard) for shard in self.shards],
-            "stats": {name: _stats_to_dict(stats) for name, stats in self.stats.items()},
+            "stats": {
+                name: {"count": stats.count, "mean": stats.mean.tolist(), "var": stats.var.tolist()}
+                for name, stats in self.stats.items()
+            },
         }
         atomic_write_json(Path(dataset_dir) / MANIFEST_NAME, content)
 
 
+def check_version(version: Any, path: Path | str) -> None:
+    """Raise DataError unless this release reads files of the format `version`; `path` is the file."""
+    if version not in FORMAT_VERSIONS:
+        raise DataError(
+            f"{path}: format_version is {version!r}, this release reads {' and '.join(map(str, FORMAT_VERSIONS))}; "
+            f"write the dataset again with {MAKERS}, or use the release that wrote it"
+        )
+
+
 def _read_shard_info(entry: Any, path: Path | str) -> ShardInfo:
-    kinds = {"name": str, "num_samples": int, "num_bytes": int, "sha256": str}
-    info = ShardInfo(**{name: read_field(entry, name, kind, path, "shards[]") for name, kind in kinds.items()})
-    if not _is_file_name(info.name):
-        raise DataError(f"{path}: shards[].name must be a file name without a folder, found {info.name!r}")
+    info = ShardInfo(**read_fields(entry, _SHARD_KINDS, path, "shards[]"))
+    name = info.name
+    if Path(name).name != name or not name.isprintable() or name in ("", "..") or len(name) >= 200:
+        raise DataError(f"{path}: shards[].name must be a file name without a folder, found {name!r}")
     return info
-
-
-def _is_file_name(name: str) -> bool:
-    return Path(name).name == name and name.isprintable() and name not in ("", "..") and len(name) < 200
 
 
 def _read_selection(content: dict[str, Any], path: Path | str) -> Selection | None:
     if "selection" not in content:
         return None
-    entry = read_field(content, "selection", dict, path)
-    kinds = {"of": str, "fraction": float, "part": str}
-    values = {name: read_field(entry, name, kind, path, "selection") for name, kind in kinds.items()}
+    values = read_fields(content["selection"], _SELECTION_KINDS, path, "selection")
     try:
         return Selection(**values)
     except DataError as error:
@@ -132,7 +135,7 @@ def _read_stats(stats: dict[str, Any], name: str, dim: int, path: Path | str) ->
     content = read_field(stats, name, dict, path, "stats")
     count = read_field(content, "count", int, path, f"stats.{name}")
     mean, var = (_read_channels(content, field, f"stats.{name}", dim, path) for field in ("mean", "var"))
-    return ChannelStats(mean=mean, var=var, count=count)
+    return ChannelStats(mean, var, count)
 
 
 def _read_channels(content: dict[str, Any], field: str, parent: str, dim: int, path: Path | str) -> np.ndarray:
@@ -154,13 +157,9 @@ def _check_counts(manifest: Manifest, num_samples: int, path: Path | str) -> Non
             f"{path}: num_samples is {num_samples}, but the shards' num_samples add up to {manifest.num_samples}"
         )
     for name, stats in manifest.stats.items():
-        num_tokens = manifest.spec.num_tokens_of(name)
+        num_tokens, _ = manifest.spec.shape(name)
         if stats.count != num_samples * num_tokens:
             raise DataError(
                 f"{path}: stats.{name}.count is {stats.count} tokens, but {num_samples} samples of {num_tokens} tokens "
                 f"make {num_samples * num_tokens}"
             )
-
-
-def _stats_to_dict(stats: ChannelStats) -> dict[str, Any]:
-    return {"count": stats.count, "mean": stats.mean.tolist(), "var": stats.var.tolist()}

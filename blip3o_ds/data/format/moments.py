@@ -63,13 +63,8 @@ class ChannelMoments:
         m2 = self.m2 - other.m2 - delta * delta * (count * other.count / self.count)
         return ChannelMoments(count, mean, np.maximum(m2, 0))  # rounding must not make a variance negative
 
-    @staticmethod
-    def from_stats(stats: ChannelStats) -> ChannelMoments:
-        """The moments behind `to_stats`."""
-        return ChannelMoments(stats.count, stats.mean, stats.var * stats.count)
-
     def to_stats(self) -> ChannelStats:
-        return ChannelStats(mean=self.mean, var=self.m2 / max(self.count, 1), count=self.count)
+        return ChannelStats(self.mean, self.m2 / max(self.count, 1), self.count)
 
 
 def no_moments(spec: DatasetSpec) -> dict[str, ChannelMoments]:
@@ -89,7 +84,7 @@ def merge_moments(left: Mapping[str, ChannelMoments], right: Mapping[str, Channe
 
 def moments_of_stats(stats: Mapping[str, ChannelStats]) -> dict[str, ChannelMoments]:
     """Each tensor's moments behind a manifest's statistics."""
-    return {name: ChannelMoments.from_stats(of_tensor) for name, of_tensor in stats.items()}
+    return {name: ChannelMoments(s.count, s.mean, s.var * s.count) for name, s in stats.items()}
 
 
 def stats_of_moments(moments: Mapping[str, ChannelMoments]) -> dict[str, ChannelStats]:

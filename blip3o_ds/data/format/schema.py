@@ -23,6 +23,10 @@ MAKERS = "`blip3o-ds data convert SRC DST`, `data extract IMAGES DST` or `data d
 SCALE_SUFFIX = "_scale"  # a sample holds the fp8-e4m3 scales of `eva` as `eva_scale`
 _TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _RESERVED_ENDINGS = (SCALE_SUFFIX, "_offset", "_size")  # the files use them
+# What JSON must hold for a specification; format 1 has the pair's fields instead of `tensors`.
+_KINDS = {"num_tokens": int, "token_layout": str}
+_PAIR_KINDS = {"eva_dim": int, "clip_dim": int, "dtype": str, "condition_encoder": str, "target_encoder": str}
+_TENSOR_KINDS = {"dim": int, "dtype": str, "encoder": str, "role": str, "num_tokens": int}
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ class DatasetSpec:
         target_encoder: str,
     ) -> DatasetSpec:
         """The usual sample: the condition `eva` and the target `clip`, both of the image's tokens, in one dtype."""
-        tensors = _pair(eva_dim, clip_dim, dtype, condition_encoder, target_encoder)
-        return DatasetSpec(num_tokens, token_layout, tensors)
+        eva = TensorSpec(eva_dim, dtype, condition_encoder, "condition")
+        clip = TensorSpec(clip_dim, dtype, target_encoder, "target")
+        return DatasetSpec(num_tokens, token_layout, {"eva": eva, "clip": clip})
 
     @property
     def num_cls_tokens(self) -> int:
@@ -104,7 +109,8 @@ class DatasetSpec:
     @property
     def format_version(self) -> int:
         """The version of the files: 1 for the usual pair, which all releases read, 2 for any other tensors."""
-        return 1 if _is_pair(self.tensors) else 2
+        has_names = set(self.tensors) == {"eva", "clip"}
+        return 1 if has_names and self == DatasetSpec.pair(**self._pair_fields()) else 2
 
     @property
     def dtypes(self) -> str | dict[str, str]:
@@ -112,23 +118,17 @@ class DatasetSpec:
         found = {name: str(tensor.dtype) for name, tensor in self.tensors.items()}
         return found if len(set(found.values())) > 1 else next(iter(found.values()))
 
-    def num_tokens_of(self, name: str) -> int:
-        own = self.tensors[name].num_tokens
-        return self.num_tokens if own is None else own
-
     def shape(self, name: str) -> tuple[int, int]:
         """[N, D] of a tensor."""
-        return self.num_tokens_of(name), self.tensors[name].dim
+        tensor = self.tensors[name]
+        return tensor.num_tokens or self.num_tokens, tensor.dim
 
     def model_dims(self) -> dict[str, int]:
         """The dims that a DiT for these samples must have, by the names of its settings."""
         if missing := [name for name in ("eva", "clip") if name not in self.tensors]:
             raise DataError(f"the samples hold {', '.join(self.tensors)}, but the DiT needs {' and '.join(missing)}")
-        return {
-            "eva_dim": self.tensors["eva"].dim,
-            "clip_dim": self.tensors["clip"].dim,
-            "grid_size": self.grid_size,
-        }
+        eva, clip = self.tensors["eva"], self.tensors["clip"]
+        return {"eva_dim": eva.dim, "clip_dim": clip.dim, "grid_size": self.grid_size}
 
     def viewed_as(self, token_layout: TokenLayout | None) -> DatasetSpec:
         """This specification with its samples read as `token_layout`; a CLS token can be dropped, never invented."""
@@ -153,9 +153,27 @@ class DatasetSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest holds it, in this specification's `format_version`."""
-        if self.format_version == 2:
-            tensors = {name: tensor.to_dict() for name, tensor in self.tensors.items()}
-            return {"num_tokens": self.num_tokens, "token_layout": self.token_layout, "tensors": tensors}
+        if self.format_version == 1:
+            return self._pair_fields()
+        tensors = {name: tensor.to_dict() for name, tensor in self.tensors.items()}
+        return {"num_tokens": self.num_tokens, "token_layout": self.token_layout, "tensors": tensors}
+
+    @staticmethod
+    def from_dict(content: Any, source: Path | str) -> DatasetSpec:
+        """Read a specification of either version out of JSON; `source` is the file that errors name."""
+        fields = read_fields(content, _KINDS, source, "spec")
+        if "tensors" in content:
+            entries = read_field(content, "tensors", dict, source, "spec")
+            fields["tensors"] = {name: _read_tensor(entries, name, source) for name in entries}
+        else:
+            fields |= read_fields(content, _PAIR_KINDS, source, "spec")
+        try:
+            return DatasetSpec(**fields) if "tensors" in fields else DatasetSpec.pair(**fields)
+        except DataError as error:
+            raise DataError(f"{source}: spec: {error}") from error
+
+    def _pair_fields(self) -> dict[str, Any]:
+        """The arguments of `pair` that give this specification, if it is a pair; also the entries of format 1."""
         eva, clip = self.tensors["eva"], self.tensors["clip"]
         return {
             "num_tokens": self.num_tokens,
@@ -167,24 +185,11 @@ class DatasetSpec:
             "target_encoder": clip.encoder,
         }
 
-    @staticmethod
-    def from_dict(content: Any, source: Path | str) -> DatasetSpec:
-        """Read a specification of either version out of JSON; `source` is the file that errors name."""
-        num_tokens = read_field(content, "num_tokens", int, source, "spec")
-        token_layout = read_field(content, "token_layout", str, source, "spec")
-        tensors = _read_tensors(content, source)
-        try:
-            return DatasetSpec(num_tokens, token_layout, tensors)
-        except DataError as error:
-            raise DataError(f"{source}: spec: {error}") from error
-
     def _fields(self) -> dict[str, Any]:
-        tensors = {
-            f"tensors.{name}.{field}": value
-            for name, tensor in self.tensors.items()
-            for field, value in tensor.to_dict().items()
-        }
-        return {"num_tokens": self.num_tokens, "token_layout": self.token_layout, **tensors}
+        fields: dict[str, Any] = {"num_tokens": self.num_tokens, "token_layout": self.token_layout}
+        for name, tensor in self.tensors.items():
+            fields |= {f"tensors.{name}.{field}": value for field, value in tensor.to_dict().items()}
+        return fields
 
 
 def read_field(content: Any, name: str, kind: type, source: Path | str, parent: str = "") -> Any:
@@ -201,43 +206,22 @@ def read_field(content: Any, name: str, kind: type, source: Path | str, parent: 
     return value
 
 
+def read_fields(content: Any, kinds: Mapping[str, type], source: Path | str, parent: str) -> dict[str, Any]:
+    """Several fields of a JSON object by name, each checked by `read_field`."""
+    return {name: read_field(content, name, kind, source, parent) for name, kind in kinds.items()}
+
+
 def _is_count(value: Any) -> bool:
     return not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def _read_tensors(content: dict[str, Any], source: Path | str) -> dict[str, TensorSpec]:
-    if "tensors" in content:
-        entries = read_field(content, "tensors", dict, source, "spec")
-        return {name: _read_tensor(entries, name, source) for name in entries}
-    kinds = {"eva_dim": int, "clip_dim": int, "dtype": str, "condition_encoder": str, "target_encoder": str}
-    return _pair(**{name: read_field(content, name, kind, source, "spec") for name, kind in kinds.items()})
-
-
 def _read_tensor(entries: dict[str, Any], name: str, source: Path | str) -> TensorSpec:
     entry = read_field(entries, name, dict, source, "spec.tensors")
-    kinds = {"dim": int, "dtype": str, "encoder": str, "role": str, "num_tokens": int}
-    if unknown := sorted(set(entry) - set(kinds)):
-        raise DataError(f"{source}: field spec.tensors.{name}.{unknown[0]} is unknown; expected {', '.join(kinds)}")
-    if "num_tokens" not in entry:
-        del kinds["num_tokens"]
     parent = f"spec.tensors.{name}"
-    return TensorSpec(**{field: read_field(entry, field, kind, source, parent) for field, kind in kinds.items()})
-
-
-def _pair(
-    eva_dim: int, clip_dim: int, dtype: StorageDType, condition_encoder: str, target_encoder: str
-) -> dict[str, TensorSpec]:
-    return {
-        "eva": TensorSpec(eva_dim, dtype, condition_encoder, "condition"),
-        "clip": TensorSpec(clip_dim, dtype, target_encoder, "target"),
-    }
-
-
-def _is_pair(tensors: Mapping[str, TensorSpec]) -> bool:
-    if set(tensors) != {"eva", "clip"}:
-        return False
-    eva, clip = tensors["eva"], tensors["clip"]
-    return tensors == _pair(eva.dim, clip.dim, eva.dtype, eva.encoder, clip.encoder)
+    if unknown := sorted(set(entry) - set(_TENSOR_KINDS)):
+        raise DataError(f"{source}: field {parent}.{unknown[0]} is unknown; expected {', '.join(_TENSOR_KINDS)}")
+    kinds = {field: kind for field, kind in _TENSOR_KINDS.items() if field != "num_tokens" or field in entry}
+    return TensorSpec(**read_fields(entry, kinds, source, parent))
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -30,14 +30,12 @@ class Selection:
     part: SplitPart
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, str) or not self.of:
-            raise DataError(f"of must name a dataset, found {self.of!r}")
-        if self.of.startswith("pipe:") or not self.of.isprintable():
+        if not self.of or self.of.startswith("pipe:") or not self.of.isprintable():
             # A manifest is data, perhaps of somebody else's making, and a pipe is a command.
             raise DataError(f"of must be a folder or a URL, not a command, found {self.of[:80]!r}")
         if self.part not in get_args(SplitPart):
             raise DataError(f"part must be one of {', '.join(get_args(SplitPart))}, found {self.part!r}")
-        if not isinstance(self.fraction, float) or not 0 < self.fraction < 1:
+        if not 0 < self.fraction < 1:
             raise DataError(f"fraction must lie between 0 and 1, found {self.fraction!r}")
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:

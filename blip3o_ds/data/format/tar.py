@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blip3o_ds.errors import DataError
-from blip3o_ds.files import HashingFile
+from blip3o_ds.files import HashingFile, reading
 
 _CHUNK_BYTES = 1 << 20
 _MAX_PAX_BYTES = 1 << 16
@@ -44,17 +44,14 @@ class TarWalk:
         self.damage: str | None = None
 
     def __iter__(self) -> Iterator[Member]:
-        try:
-            with open(self.path, "rb") as raw:
-                file = HashingFile(raw)
-                try:
-                    yield from _samples(file, self.path.stat().st_size)
-                except (DataError, tarfile.HeaderError) as error:
-                    self.damage = str(error)
-                while file.read(_CHUNK_BYTES):
-                    pass
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror}); see to the file system") from error
+        with reading(self.path), open(self.path, "rb") as raw:
+            file = HashingFile(raw)
+            try:
+                yield from _samples(file, self.path.stat().st_size)
+            except (DataError, tarfile.HeaderError) as error:
+                self.damage = str(error)
+            while file.read(_CHUNK_BYTES):
+                pass
         self.num_bytes, self.sha256 = file.num_bytes, file.sha256
 
 

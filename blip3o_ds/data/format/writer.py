@@ -16,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
-from blip3o_ds.data.format.codec import decode_all, encode, has_nonfinite, parse_header, to_bytes
+from blip3o_ds.data.format.codec import decode_all, encode, has_nonfinite, parse_header
 from blip3o_ds.data.format.distortion import Distortion
 from blip3o_ds.data.format.index import IndexBuilder, ShardIndex, check_tar_size, index_path
 from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
@@ -93,9 +94,11 @@ class DatasetWriter:
             try:
                 dst.mkdir(parents=True, exist_ok=True)
                 lock.enter_context(sole_writer(dst))
-                if not resume and _is_started(dst):
+                if not resume and (shard_paths(dst) or (dst / MANIFEST_NAME).exists()):
                     raise DataError(f"{dst} already holds shards; resume it, remove it, or choose another folder")
-                _remove_leftovers(dst)
+                for path in dst.iterdir():  # what a writer that was killed left behind
+                    if _LEFTOVER_NAME.fullmatch(path.name):
+                        path.unlink()
                 for path in _complete_shards(dst):
                     self._adopt(path)
             except OSError as error:
@@ -142,13 +145,9 @@ class DatasetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with self._lock:
-            if error is not None:
-                self._abort()
-                return
-            if self._failure is not None:
-                raise self._failure
             try:
-                self._close()
+                if error is None:
+                    self._close()
             except OSError as failure:
                 raise _write_failed(self._dst, failure) from failure
             finally:
@@ -173,16 +172,13 @@ class DatasetWriter:
         self._moments = merge_moments(self._moments, index.moments)
 
     def _close(self) -> None:
+        if self._failure is not None:
+            raise self._failure
         if self._shard is not None and self._shard.num_samples:
             self._finish_shard(self._shard)
         if not self._shards:
             raise DataError(f"no sample was written to {self._dst}, and a dataset must hold at least one")
-        Manifest(
-            spec=self.spec,
-            shards=tuple(self._shards),
-            stats=stats_of_moments(self._moments),
-            extra=self.extra,
-        ).save(self._dst)
+        Manifest(self.spec, tuple(self._shards), stats_of_moments(self._moments), self.extra).save(self._dst)
 
     def _abort(self) -> None:
         if self._shard is not None:
@@ -231,7 +227,7 @@ class ShardWriter:
 
     def _append(self, key: str, tensors: dict[str, Tensor], decoded: dict[str, Tensor], meta: dict[str, Any]) -> None:
         moments = sample_moments(decoded)
-        content = to_bytes(tensors)
+        content = safetensors.torch.save(tensors)
         _, offsets = parse_header(content, self._spec, f"{self.path}: sample {key}")
         meta_content = _meta_bytes(key, meta)
 
@@ -254,10 +250,9 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Remove what was written."""
-        error = DataError("shard abandoned")
         # A full disk refuses the last buffered bytes as well; the file is removed, so they do not matter.
         with contextlib.suppress(DataError, OSError):
-            self._pending.__exit__(DataError, error, None)
+            self._pending.__exit__(DataError, DataError("shard abandoned"), None)
 
     def _encode(self, key: str, name: str, values: Tensor) -> dict[str, Tensor]:
         expected = self._spec.shape(name)
@@ -289,10 +284,6 @@ def shard_paths(dataset_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[len("shard_") : -len(".tar")]))
 
 
-def _is_started(dst: Path) -> bool:
-    return dst.is_dir() and ((dst / MANIFEST_NAME).exists() or bool(shard_paths(dst)))
-
-
 def _complete_shards(dst: Path) -> Iterator[Path]:
     paths = shard_paths(dst)
     if paths and not index_path(paths[-1]).exists():
@@ -303,13 +294,6 @@ def _complete_shards(dst: Path) -> Iterator[Path]:
             raise DataError(f"{dst / f'shard_{number:05d}.tar'} is missing before {path.name}; start in a new folder")
         check_tar_size(path, ShardIndex.load(index_path(path)).num_bytes)
         yield path
-
-
-def _remove_leftovers(dst: Path) -> None:
-    """Temporary files of a writer that was killed; one that ends by an exception leaves none."""
-    for path in dst.iterdir():
-        if _LEFTOVER_NAME.fullmatch(path.name):
-            path.unlink()
 
 
 def _check_key(key: str) -> None:

@@ -126,7 +126,10 @@ class EmbeddingDataset:
                 continue
             row = opened.row(place[1])
             try:
-                key = self._read_row(opened.reader, row, out)
+                started = time.monotonic()
+                key = opened.reader.read_into(row, out, self._skip_tokens)
+                if (seconds := time.monotonic() - started) > SLOW_READ_SECONDS:
+                    self.bad_samples.slow(str(opened.reader.path), seconds)
             except DataError as error:
                 self._replacements.add_sample(place, opened.reader.keys[row], error)
                 continue
@@ -167,13 +170,6 @@ class EmbeddingDataset:
         if not 0 <= index < self.shard_sizes[shard]:
             raise IndexError(f"sample {index} of shard {shard}, which has {self.shard_sizes[shard]}")
 
-    def _read_row(self, reader: ShardReader, row: int, out: Mapping[str, Tensor]) -> str:
-        started = time.monotonic()
-        key = reader.read_into(row, out, self._skip_tokens)
-        if (seconds := time.monotonic() - started) > SLOW_READ_SECONDS:
-            self.bad_samples.slow(str(reader.path), seconds)
-        return key
-
     def _opened(self, shard: int) -> _OpenShard:
         with self._lock:
             opened = self._open_shards.get(shard)
@@ -195,7 +191,12 @@ class EmbeddingDataset:
 
     def _open(self, shard: int) -> _OpenShard:
         info = self.manifest.shards[shard]
-        file = self._fetch(info)
+        try:
+            file = self._source.open(info)
+        except CacheFull:
+            with self._lock:
+                self._open_shards.clear()  # they hold the cache's room, and are opened again when they are needed
+            file = self._source.open(info, wait_seconds=_CACHE_WAIT_SECONDS)
         reader = ShardReader(file.path)
         selection = self.manifest.selection
         rows = None if selection is None else selection.rows(reader.keys)
@@ -209,14 +210,6 @@ class EmbeddingDataset:
                 + ("copy the dataset again, whole" if selection is None else "split the dataset again")
             )
         return _OpenShard(reader, rows, file)
-
-    def _fetch(self, info: ShardInfo) -> ShardLease:
-        try:
-            return self._source.open(info)
-        except CacheFull:
-            with self._lock:
-                self._open_shards.clear()  # they hold the cache's room, and are opened again when they are needed
-            return self._source.open(info, wait_seconds=_CACHE_WAIT_SECONDS)
 
 
 def _truncated(sizes: list[int], max_samples: int | None) -> list[int]:

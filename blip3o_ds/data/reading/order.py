@@ -6,8 +6,8 @@ files. Positions count samples over all epochs in a row, whatever the world size
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,8 +37,8 @@ class GlobalOrder:
         self.seed = seed
         self.window_shards = window_shards
         self.num_samples = int(self._sizes.sum())
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._epoch = lru_cache(_CACHED_EPOCHS)(self._permute_epoch)
+        self._window = lru_cache(_CACHED_WINDOWS)(self._permute_window)
 
     def locate(self, position: int) -> tuple[int, int]:
         """(shard, index in the shard) of the sample at a global position; `position // num_samples` is its epoch."""
@@ -51,7 +51,7 @@ class GlobalOrder:
         places: list[tuple[int, int]] = []
         while start < stop:
             epoch, within = divmod(start, self.num_samples)
-            _, ends = self._shard_order(epoch)
+            _, ends = self._epoch(epoch)
             window = int(np.searchsorted(ends, within, side="right"))
             begin = int(ends[window - 1]) if window else 0
             shards, indices = self._window(epoch, window)
@@ -63,39 +63,27 @@ class GlobalOrder:
     def shards_near(self, position: int) -> list[int]:
         """The shards of the window at a global position and of the window after it: what is read now and next."""
         epoch, within = divmod(position, self.num_samples)
-        shards, ends = self._shard_order(epoch)
+        shards, ends = self._epoch(epoch)
         window = int(np.searchsorted(ends, within, side="right"))
         near = shards[window * self.window_shards : (window + 2) * self.window_shards].tolist()
         if window + 1 == len(ends):
-            near += self._shard_order(epoch + 1)[0][: self.window_shards].tolist()
+            near += self._epoch(epoch + 1)[0][: self.window_shards].tolist()
         return near
 
-    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _permute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of an epoch in order, and the position within the epoch at which each window ends."""
-        cached = self._epochs.pop(epoch, None)
-        if cached is None:
-            shards = _permutation(self.seed, epoch, _SHARD_STREAM, len(self._sizes))
-            starts = np.arange(0, len(shards), self.window_shards)
-            cached = shards, np.cumsum(np.add.reduceat(self._sizes[shards], starts))
-        self._epochs[epoch] = cached
-        if len(self._epochs) > _CACHED_EPOCHS:
-            self._epochs.popitem(last=False)
-        return cached
+        shards = _permutation(self.seed, epoch, _SHARD_STREAM, len(self._sizes))
+        starts = np.arange(0, len(shards), self.window_shards)
+        return shards, np.cumsum(np.add.reduceat(self._sizes[shards], starts))
 
-    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    def _permute_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard and index of every sample of a window, mixed."""
-        cached = self._windows.pop((epoch, window), None)
-        if cached is None:
-            order, _ = self._shard_order(epoch)
-            members = order[window * self.window_shards : (window + 1) * self.window_shards]
-            shards = np.repeat(members, self._sizes[members])
-            indices = np.concatenate([np.arange(size) for size in self._sizes[members]])
-            mixed = _permutation(self.seed, epoch, 1 + window, len(shards))
-            cached = shards[mixed], indices[mixed]
-        self._windows[(epoch, window)] = cached
-        if len(self._windows) > _CACHED_WINDOWS:
-            self._windows.popitem(last=False)
-        return cached
+        order, _ = self._epoch(epoch)
+        members = order[window * self.window_shards : (window + 1) * self.window_shards]
+        shards = np.repeat(members, self._sizes[members])
+        indices = np.concatenate([np.arange(size) for size in self._sizes[members]])
+        mixed = _permutation(self.seed, epoch, 1 + window, len(shards))
+        return shards[mixed], indices[mixed]
 
 
 def _permutation(seed: int, epoch: int, stream: int, size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from io import FileIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from torch import Tensor
 from blip3o_ds.data.format.codec import (
     SampleMemory,
     StoredTensor,
-    check_finite,
-    check_scale,
+    check_values,
     decode_all,
     parse_header,
     stored_tensors,
@@ -30,6 +29,7 @@ from blip3o_ds.data.format.codec import (
 from blip3o_ds.data.format.index import ShardIndex, check_tar_size, index_path
 from blip3o_ds.data.format.schema import SCALE_SUFFIX, DatasetSpec
 from blip3o_ds.errors import DataError
+from blip3o_ds.files import reading
 
 _MAX_HEADER_BYTES = 1 << 16
 _READAHEAD_BYTES = 1 << 17  # Linux's default
@@ -63,21 +63,16 @@ class ShardReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = ShardIndex.load(index_path(self.path))
-        self._file = _open_file(self.path, self.index.num_bytes)
+        self.spec, self.keys = self.index.spec, self.index.keys
+        check_tar_size(self.path, self.index.num_bytes)
+        with reading(self.path):
+            self._file = FileIO(self.path)
         self._advice_bytes = _readahead_bytes(os.fstat(self._file.fileno()).st_dev)
         self._header, self._relative, self._in_file_order = self._common_header()
         self._scales = [tensor.name for tensor in self._in_file_order if tensor.name.endswith(SCALE_SUFFIX)]
 
-    @property
-    def spec(self) -> DatasetSpec:
-        return self.index.spec
-
-    @property
-    def keys(self) -> list[str]:
-        return self.index.keys
-
     def __len__(self) -> int:
-        return len(self.index.keys)
+        return len(self.keys)
 
     def read(self, i: int) -> Sample:
         """Sample `i`, in the stored dtype (fp8-e4m3 as bf16), in memory of its own."""
@@ -105,11 +100,12 @@ class ShardReader:
                 start = self._read_at(start, pieces, i)
                 pieces = []
                 if header != self._header:
-                    self._refuse_header(i)
+                    parse_header(self._read_header(i), self.spec, self._where(i))  # says what differs, if it can
+                    raise DataError(f"{self._where(i)}: its safetensors header is not that of the shard's others")
                 if piece.has_nonfinite():
-                    check_finite(memory[tensor.name], tensor.name, self._where(i))
+                    check_values({tensor.name: memory[tensor.name]}, self._where(i))
         for name in self._scales:
-            check_scale(memory[name], name.removesuffix(SCALE_SUFFIX), self._where(i))
+            check_values({name: memory[name]}, self._where(i))
         return self.keys[i]
 
     def will_need(self, i: int) -> bool:
@@ -176,18 +172,6 @@ class ShardReader:
             return os.preadv(self._file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
         except OSError:  # it would have to wait, or this file system cannot tell
             return False
-
-    def _refuse_header(self, i: int) -> NoReturn:
-        parse_header(self._read_header(i), self.spec, self._where(i))  # says what differs, if it can
-        raise DataError(f"{self._where(i)}: its safetensors header is not that of the shard's other samples")
-
-
-def _open_file(path: Path, num_bytes: int) -> FileIO:
-    check_tar_size(path, num_bytes)
-    try:
-        return open(path, "rb", buffering=0)
-    except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror}") from error
 
 
 @cache
