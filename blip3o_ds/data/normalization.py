@@ -1,8 +1,7 @@
 """Between the space of the stored embeddings and the space that the network sees, one of three ways.
 
-`minimal` means raw embeddings, no normalisation; `full` gives every token unit length; `standardize` uses the
-per-channel statistics of the training set and is the only one with an inverse: after `full`, what is generated has unit
-scale.
+`minimal` means raw embeddings, no normalisation; `full` gives every token unit length; only `standardize`, by the
+per-channel statistics of the training set, has an inverse.
 """
 
 from __future__ import annotations
@@ -32,11 +31,7 @@ class Normalizer:
     """
 
     def __init__(self, mode: Mode, stats: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
-        """`stats` are each tensor's mean and standard deviation, [D]; only `standardize` needs them.
-
-        Raises:
-            ConfigError: the mode is unknown, or `standardize` lacks the statistics.
-        """
+        """`stats` are each tensor's mean and standard deviation, [D]; ConfigError if `standardize` lacks them."""
         if mode not in get_args(Mode):
             raise ConfigError(f"data.normalization = {mode!r}: expected one of {', '.join(get_args(Mode))}")
         if mode == "standardize" and not stats:
@@ -47,9 +42,8 @@ class Normalizer:
     @classmethod
     def from_stats(cls, mode: Mode, stats: Mapping[str, ChannelStats]) -> Normalizer:
         """From a manifest's `stats`."""
-        if mode != "standardize":
-            return cls(mode)
-        return cls(mode, {name: (torch.from_numpy(s.mean), torch.from_numpy(s.var**0.5)) for name, s in stats.items()})
+        used = stats if mode == "standardize" else {}
+        return cls(mode, {name: (torch.from_numpy(s.mean), torch.from_numpy(s.var**0.5)) for name, s in used.items()})
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Normalizer:
@@ -66,16 +60,11 @@ class Normalizer:
         return state if self._stats else {**state, **_UNUSED}
 
     def save(self, path: str | Path) -> None:
-        """Write `state_dict` as a JSON file."""
         atomic_write_json(path, self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Normalizer:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, or holds something else.
-        """
+        """Read what `save` wrote; raises CheckpointError for a file that is missing or holds something else."""
         state = read_json(path, CheckpointError, "copy it again from the run or the export that it belongs to")
         try:
             return cls.from_state(state)

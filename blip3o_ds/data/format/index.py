@@ -63,7 +63,7 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         """Write the index in one step."""
         keys = [key.encode() for key in self.keys]
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
             "key_offsets": np.cumsum([0, *map(len, keys)], dtype=np.int64),
             **self.members,

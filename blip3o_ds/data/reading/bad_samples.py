@@ -61,7 +61,6 @@ class BadSamples:
             _append_line(self._path, line)
 
     def replaced(self) -> None:
-        """Count a read that was given another sample."""
         with self._lock:
             self.num_replaced += 1
 
@@ -86,7 +85,7 @@ class Replacements:
         self._record = bad_samples
         self._names = shard_names
         self._sizes = shard_sizes
-        self._bad_shards: set[int] = set()
+        self.bad_shards: set[int] = set()  # found so far
         self._bad_samples: set[Place] = set()
 
     def places(self, shard: int, index: int) -> Iterator[Place]:
@@ -94,18 +93,13 @@ class Replacements:
         for other in chain(range(shard, len(self._sizes)), range(shard)):
             size = self._sizes[other]
             for step in range(size):
-                if other in self._bad_shards:
+                if other in self.bad_shards:
                     break
                 place = other, (index + step) % size
                 if place not in self._bad_samples:
                     yield place
             else:
-                error = DataError(f"{self._names[other]}: none of its {size} samples can be read")
-                self.add_shard(other, error)
-
-    def has_shard(self, shard: int) -> bool:
-        """Whether the shard was not found bad so far."""
-        return shard not in self._bad_shards
+                self.add_shard(other, DataError(f"{self._names[other]}: none of its {size} samples can be read"))
 
     def add_sample(self, place: Place, key: str, error: DataError) -> None:
         """Never try this sample again, or raise `error` if that is the policy."""
@@ -113,9 +107,9 @@ class Replacements:
         self._bad_samples.add(place)
 
     def add_shard(self, shard: int, error: DataError) -> None:
-        """Never try this shard again, or raise `error` if that is the policy."""
+        """The same for a whole shard."""
         self._record.add(self._names[shard], None, error)
-        self._bad_shards.add(shard)
+        self.bad_shards.add(shard)
 
 
 def _append_line(path: Path, content: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from blip3o_ds.data.format.index import ShardIndex, index_path
 from blip3o_ds.data.format.manifest import ShardInfo
@@ -39,16 +39,15 @@ class CacheFull(DataError):
     """No room within the bound: every shard in the cache is in use."""
 
 
-class ShardLease:
+class ShardLease(NamedTuple):
     """A shard on this machine; one in the cache is not evicted until `close`, or until nobody refers to this."""
 
-    def __init__(self, path: Path, lock: FileLock | None = None) -> None:
-        self.path = path
-        self._lock = lock
+    path: Path
+    lock: FileLock | None = None
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
 
 class ShardCache:
@@ -61,7 +60,6 @@ class ShardCache:
     def __init__(self, cache_dir: str | Path | None, cache_gb: float) -> None:
         self._dir = Path(cache_dir or Path(tempfile.gettempdir()) / f"blip3o-ds-cache-{os.getuid()}")
         self._bound = int(cache_gb * _GIB)
-        self._prefetcher = _Prefetcher(self)
         self._dir.mkdir(parents=True, exist_ok=True)
 
     def get(self, remote: RemoteFolder, info: ShardInfo, *, share: float = 1.0, wait_seconds: float = 0) -> ShardLease:
@@ -80,14 +78,6 @@ class ShardCache:
                     self._fetch(remote, info, path, share, time.monotonic() + wait_seconds)
         os.utime(path)
         return lease
-
-    def keep(self, remote: RemoteFolder, infos: Sequence[ShardInfo]) -> None:
-        """Download these in the background, in this order, and hold a lease on each until they are not named."""
-        self._prefetcher.want(remote, infos)
-
-    def close(self) -> None:
-        """End the background downloads after the ones under way and give up their leases."""
-        self._prefetcher.close()
 
     def _fetch(self, remote: RemoteFolder, info: ShardInfo, path: Path, share: float, deadline: float) -> None:
         part, index_part = (path.with_name(f"{path.name}{suffix}") for suffix in (".part", ".idx.part"))
@@ -129,47 +119,40 @@ class ShardCache:
 
     def _make_room(self, wanted: int) -> int:
         """Remove shards that nobody uses, least recently used first, until `wanted` bytes remain; what does remain."""
-        entries = sorted(map(_entry, filter(Path.is_dir, self._dir.iterdir())), key=lambda entry: entry.used_at)
-        total = sum(entry.num_bytes for entry in entries)
-        for entry in entries:
+        shards = [_files(folder) for folder in self._dir.iterdir() if folder.is_dir()]
+        total = sum(map(_num_bytes, shards))
+        for files in sorted(filter(None, shards), key=lambda files: max(found.st_mtime for found in files.values())):
             if total <= wanted:
                 break
-            if entry.num_bytes and _evict(entry):
-                total -= entry.num_bytes
+            if _evict(files):
+                total -= _num_bytes(files)
         return total
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """The folder of one shard."""
-
-    folder: Path
-    files: tuple[Path, ...]
-    num_bytes: int
-    used_at: float
-
-
-def _entry(folder: Path) -> _Entry:
-    files, num_bytes, used_at = [], 0, 0.0
+def _files(folder: Path) -> dict[Path, os.stat_result]:
+    """The files of one shard, without its locks."""
+    files = {}
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # a download that just ended
             if path.name not in _LOCKS:
-                found = path.stat()
-                files.append(path)
-                num_bytes += found.st_size
-                used_at = max(used_at, found.st_mtime)
-    return _Entry(folder, tuple(files), num_bytes, used_at)
+                files[path] = path.stat()
+    return files
 
 
-def _evict(entry: _Entry) -> bool:
+def _num_bytes(files: dict[Path, os.stat_result]) -> int:
+    return sum(found.st_size for found in files.values())
+
+
+def _evict(files: dict[Path, os.stat_result]) -> bool:
+    folder = next(iter(files)).parent
     try:
-        lock = FileLock(entry.folder / "in_use.lock", wait=False)
+        lock = FileLock(folder / "in_use.lock", wait=False)
     except BlockingIOError:
         return False
     with lock:
-        for path in entry.files:
+        for path in files:
             path.unlink(missing_ok=True)
-    logger.info("evicted %s (%.2f GiB)", entry.folder, entry.num_bytes / _GIB)
+    logger.info("evicted %s (%.2f GiB)", folder, _num_bytes(files) / _GIB)
     return True
 
 
@@ -190,20 +173,21 @@ def _is_complete(path: Path, info: ShardInfo) -> bool:
         return False
 
 
-class _Prefetcher:
-    """Threads that download what is wanted, in order, and hold the leases."""
+class Prefetcher:
+    """Threads that download the shards wanted now and next, in order, and hold a lease on each until it is not."""
 
-    def __init__(self, cache: ShardCache) -> None:
+    def __init__(self, cache: ShardCache, remote: RemoteFolder) -> None:
         self._cache = cache
+        self._remote = remote
         self._wanted: dict[str, ShardInfo] = {}
         self._held: dict[str, ShardLease] = {}
         self._busy: set[str] = set()
-        self._queue: deque[tuple[RemoteFolder, ShardInfo]] = deque()
+        self._queue: deque[ShardInfo] = deque()
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def want(self, remote: RemoteFolder, infos: Sequence[ShardInfo]) -> None:
+    def want(self, infos: Sequence[ShardInfo]) -> None:
         with self._changed:
             wanted = {info.sha256: info for info in infos}
             if self._closed or list(wanted) == list(self._wanted):
@@ -211,9 +195,9 @@ class _Prefetcher:
             self._wanted = wanted
             for digest in self._held.keys() - wanted.keys():
                 self._held.pop(digest).close()
-            missing = [info for digest, info in wanted.items() if digest not in self._held and digest not in self._busy]
-            self._queue = deque((remote, info) for info in missing)
-            if missing and not self._threads:
+            here = self._held.keys() | self._busy
+            self._queue = deque(info for digest, info in wanted.items() if digest not in here)
+            if self._queue and not self._threads:
                 # Daemons: a program that ends does not wait for a download, and a part file is no shard.
                 self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(_DOWNLOADS)]
                 for thread in self._threads:
@@ -221,6 +205,7 @@ class _Prefetcher:
             self._changed.notify_all()
 
     def close(self) -> None:
+        """End the downloads after the ones under way and give up the leases."""
         with self._changed:
             self._closed = True
             self._queue.clear()
@@ -237,9 +222,9 @@ class _Prefetcher:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
                     return
-                remote, info = self._queue.popleft()
+                info = self._queue.popleft()
                 self._busy.add(info.sha256)
-            lease, full = self._get(remote, info)
+            lease, full = self._get(info)
             with self._changed:
                 self._busy.discard(info.sha256)
                 wanted = info.sha256 in self._wanted and not self._closed
@@ -248,12 +233,12 @@ class _Prefetcher:
                 elif lease is not None:
                     lease.close()
                 elif full and wanted:
-                    self._queue.appendleft((remote, info))
+                    self._queue.appendleft(info)
                     self._changed.wait(_RETRY_SECONDS)
 
-    def _get(self, remote: RemoteFolder, info: ShardInfo) -> tuple[ShardLease | None, bool]:
+    def _get(self, info: ShardInfo) -> tuple[ShardLease | None, bool]:
         try:
-            return self._cache.get(remote, info, share=_PREFETCH_SHARE), False
+            return self._cache.get(self._remote, info, share=_PREFETCH_SHARE), False
         except CacheFull:
             return None, True
         except DataError as error:

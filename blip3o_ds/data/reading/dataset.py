@@ -32,11 +32,8 @@ _CACHE_WAIT_SECONDS = 60.0  # for other processes of the node to let go of shard
 @dataclass(frozen=True, eq=False)
 class _OpenShard:
     reader: ShardReader
-    rows: np.ndarray | None  # of a split: its samples' places in the shard
+    rows: Sequence[int]  # the samples' places in the shard: all of them, or those of a split
     lease: ShardLease  # keeps a cached shard from being evicted
-
-    def row(self, index: int) -> int:
-        return index if self.rows is None else int(self.rows[index])
 
 
 class EmbeddingDataset:
@@ -74,8 +71,7 @@ class EmbeddingDataset:
         if not self.shard_sizes:
             raise DataError(f"{location}: the dataset's {MANIFEST_NAME} lists no samples")
         self.bad_samples = BadSamples() if bad_samples is None else bad_samples
-        names = [shard.name for shard in shards]
-        self._replacements = Replacements(self.bad_samples, names, self.shard_sizes)
+        self._replacements = Replacements(self.bad_samples, [shard.name for shard in shards], self.shard_sizes)
         self._skip_tokens = self.manifest.spec.num_tokens - self.spec.num_tokens
         self._shard_ends = np.cumsum(self.shard_sizes)
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -124,7 +120,7 @@ class EmbeddingDataset:
             except DataError as error:
                 self._replacements.add_shard(place[0], error)
                 continue
-            row = opened.row(place[1])
+            row = opened.rows[place[1]]
             try:
                 started = time.monotonic()
                 key = opened.reader.read_into(row, out, self._skip_tokens)
@@ -140,7 +136,7 @@ class EmbeddingDataset:
 
     def will_need(self, shard: int, index: int) -> bool:
         """Have the system read a sample into the page cache in the background; False if there is nothing to do."""
-        if not self._replacements.has_shard(shard):
+        if shard in self._replacements.bad_shards:
             return False
         reader, row = self._locate(shard, index)
         return reader.will_need(row)
@@ -153,8 +149,7 @@ class EmbeddingDataset:
     def keys(self, shard: int) -> list[str]:
         """The keys of all samples of a shard, in order, whatever `max_samples`."""
         opened = self._opened(shard)
-        keys = opened.reader.keys
-        return keys if opened.rows is None else [keys[row] for row in opened.rows]
+        return [opened.reader.keys[row] for row in opened.rows]
 
     def key(self, shard: int, index: int) -> str:
         reader, row = self._locate(shard, index)
@@ -164,7 +159,7 @@ class EmbeddingDataset:
         """The reader of a shard, and the sample's place in it."""
         self._check_place(shard, index)
         opened = self._opened(shard)
-        return opened.reader, opened.row(index)
+        return opened.reader, opened.rows[index]
 
     def _check_place(self, shard: int, index: int) -> None:
         if not 0 <= index < self.shard_sizes[shard]:
@@ -199,9 +194,8 @@ class EmbeddingDataset:
             file = self._source.open(info, wait_seconds=_CACHE_WAIT_SECONDS)
         reader = ShardReader(file.path)
         selection = self.manifest.selection
-        rows = None if selection is None else selection.rows(reader.keys)
-        count = len(reader) if rows is None else len(rows)
-        found = ShardInfo(info.name, count, reader.index.num_bytes, reader.index.sha256)
+        rows = range(len(reader)) if selection is None else selection.rows(reader.keys).tolist()
+        found = ShardInfo(info.name, len(rows), reader.index.num_bytes, reader.index.sha256)
         if found != info or reader.spec != self.manifest.spec:
             raise DataError(
                 f"{reader.path}: its index does not belong to the {MANIFEST_NAME} of {self.location} (the index says "

@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
-from blip3o_ds.data.reading.cache import ShardCache, ShardLease
+from blip3o_ds.data.reading.cache import Prefetcher, ShardCache, ShardLease
 from blip3o_ds.data.reading.remote import RemoteFolder, is_remote
 from blip3o_ds.errors import DataError
 
 
 class ShardFiles:
-    """The shards in a folder or at a URL, as files of this machine.
-
-    Those of a URL are kept in at most `cache_gb` GiB of `cache_dir` (see `ShardCache`).
-    """
+    """The shards in a folder, or at a URL and kept in at most `cache_gb` GiB of `cache_dir` (see `ShardCache`)."""
 
     def __init__(self, location: str | Path, cache_dir: str | Path | None = None, cache_gb: float = 100.0) -> None:
         self._folder = Path(location)
@@ -28,12 +25,10 @@ class ShardFiles:
         if is_remote(location):
             self._remote = RemoteFolder(str(location))
             self._cache = ShardCache(cache_dir, cache_gb)
+            self._prefetcher = Prefetcher(self._cache, self._remote)
 
     def open(self, info: ShardInfo, wait_seconds: float = 0) -> ShardLease:
-        """The shard as a local file with its index beside it, fetched first if it is behind a URL.
-
-        Raises CacheFull when `wait_seconds` pass and the cache still has no room for it.
-        """
+        """The shard as a local file with its index beside it, fetched first by `ShardCache.get` if it is at a URL."""
         if self._remote is None:
             return ShardLease(self._folder / info.name)
         return self._cache.get(self._remote, info, wait_seconds=wait_seconds)
@@ -41,12 +36,12 @@ class ShardFiles:
     def keep(self, infos: Sequence[ShardInfo]) -> None:
         """These shards are read now and next: fetch and hold them in the background, and release all others."""
         if self._remote is not None:
-            self._cache.keep(self._remote, infos)
+            self._prefetcher.want(infos)
 
     def close(self) -> None:
         """End the background work and release every shard that `keep` named."""
         if self._remote is not None:
-            self._cache.close()
+            self._prefetcher.close()
 
 
 def load_manifest(location: str | Path) -> Manifest:
