@@ -34,7 +34,6 @@ MEMBERS = ("tensors_offset", "tensors_size", "meta_offset", "meta_size")
 
 
 def index_path(tar: str | Path) -> Path:
-    """The index that belongs to a tar."""
     return Path(tar).with_name(f"{Path(tar).name}.idx")
 
 
@@ -61,7 +60,6 @@ class ShardIndex:
     moments: dict[str, ChannelMoments]  # by tensor
 
     def save(self, path: Path) -> None:
-        """Write the index in one step."""
         keys = [key.encode() for key in self.keys]
         arrays: dict[str, np.ndarray] = {
             "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
@@ -142,7 +140,6 @@ class IndexBuilder:
             self.moments = merge_moments(self.moments, moments)
 
     def build(self, num_bytes: int, sha256: str) -> ShardIndex:
-        """The index of a tar of `num_bytes` with the checksum `sha256`."""
         arrays = {name: np.array(offsets, dtype=np.int64) for name, offsets in self.offsets.items()}
         members = {name: arrays.pop(name) for name in MEMBERS}
         return ShardIndex(self._spec, self.keys, num_bytes, sha256, members, arrays, self.moments)
@@ -192,10 +189,6 @@ def _check(index: ShardIndex, num_samples: Any, path: Path) -> None:
     for tensor in stored_tensors(index.spec):
         if int(index.tensors[tensor.name].max()) + tensor.num_bytes > index.num_bytes:
             raise DataError(f"{path}: {tensor.name} ends outside the shard's {index.num_bytes} bytes")
-    _check_moments(index, count, path)
-
-
-def _check_moments(index: ShardIndex, count: int, path: Path) -> None:
     for name, moments in index.moments.items():
         num_tokens, dim = index.spec.shape(name)
         tokens = count * num_tokens

@@ -77,18 +77,19 @@ class Manifest:
         check_version(read_field(content, "format_version", int, path), path)
         spec = DatasetSpec.from_dict(read_field(content, "spec", dict, path), path)
         stats = read_field(content, "stats", dict, path)
-        manifest = Manifest(
+        shards = tuple(_read_shard_info(entry, path) for entry in read_field(content, "shards", list, path))
+        num_samples = read_field(content, "num_samples", int, path)
+        if (found := sum(shard.num_samples for shard in shards)) != num_samples:
+            raise DataError(f"{path}: num_samples is {num_samples}, but the shards' num_samples add up to {found}")
+        return Manifest(
             spec=spec,
-            shards=tuple(_read_shard_info(entry, path) for entry in read_field(content, "shards", list, path)),
-            stats={name: _read_stats(stats, name, tensor.dim, path) for name, tensor in spec.tensors.items()},
+            shards=shards,
+            stats={name: _read_stats(stats, name, num_samples, spec, path) for name in spec.tensors},
             extra=read_field(content, "extra", dict, path),
             selection=_read_selection(content, path),
         )
-        _check_counts(manifest, read_field(content, "num_samples", int, path), path)
-        return manifest
 
     def save(self, dataset_dir: str | Path) -> None:
-        """Write `dataset_dir/manifest.json` in one step."""
         content = {
             "format_version": self.spec.format_version,
             "spec": self.spec.to_dict(),
@@ -131,10 +132,19 @@ def _read_selection(content: dict[str, Any], path: Path | str) -> Selection | No
         raise DataError(f"{path}: selection: {error}") from error
 
 
-def _read_stats(stats: dict[str, Any], name: str, dim: int, path: Path | str) -> ChannelStats:
-    content = read_field(stats, name, dict, path, "stats")
-    count = read_field(content, "count", int, path, f"stats.{name}")
-    mean, var = (_read_channels(content, field, f"stats.{name}", dim, path) for field in ("mean", "var"))
+def _read_stats(
+    content: dict[str, Any], name: str, num_samples: int, spec: DatasetSpec, path: Path | str
+) -> ChannelStats:
+    parent = f"stats.{name}"
+    num_tokens, dim = spec.shape(name)
+    stats = read_field(content, name, dict, path, "stats")
+    mean, var = (_read_channels(stats, field, parent, dim, path) for field in ("mean", "var"))
+    count = read_field(stats, "count", int, path, parent)
+    if count != num_samples * num_tokens:
+        raise DataError(
+            f"{path}: {parent}.count is {count} tokens, but {num_samples} samples of {num_tokens} tokens make "
+            f"{num_samples * num_tokens}"
+        )
     return ChannelStats(mean, var, count)
 
 
@@ -149,17 +159,3 @@ def _read_channels(content: dict[str, Any], field: str, parent: str, dim: int, p
     if not np.isfinite(channels).all() or (field == "var" and (channels < 0).any()):
         raise DataError(f"{path}: {parent}.{field} holds values that are not finite, or negative variances")
     return channels
-
-
-def _check_counts(manifest: Manifest, num_samples: int, path: Path | str) -> None:
-    if manifest.num_samples != num_samples:
-        raise DataError(
-            f"{path}: num_samples is {num_samples}, but the shards' num_samples add up to {manifest.num_samples}"
-        )
-    for name, stats in manifest.stats.items():
-        num_tokens, _ = manifest.spec.shape(name)
-        if stats.count != num_samples * num_tokens:
-            raise DataError(
-                f"{path}: stats.{name}.count is {stats.count} tokens, but {num_samples} samples of {num_tokens} tokens "
-                f"make {num_samples * num_tokens}"
-            )

@@ -44,7 +44,6 @@ class ChannelMoments:
         return ChannelMoments(len(tokens), mean, m2)
 
     def merge(self, other: ChannelMoments) -> ChannelMoments:
-        """The moments of both sets together."""
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self
         count = self.count + other.count
@@ -68,7 +67,6 @@ class ChannelMoments:
 
 
 def no_moments(spec: DatasetSpec) -> dict[str, ChannelMoments]:
-    """Each tensor's moments before the first sample."""
     return {name: ChannelMoments.empty(tensor.dim) for name, tensor in spec.tensors.items()}
 
 
@@ -83,10 +81,8 @@ def merge_moments(left: Mapping[str, ChannelMoments], right: Mapping[str, Channe
 
 
 def moments_of_stats(stats: Mapping[str, ChannelStats]) -> dict[str, ChannelMoments]:
-    """Each tensor's moments behind a manifest's statistics."""
     return {name: ChannelMoments(s.count, s.mean, s.var * s.count) for name, s in stats.items()}
 
 
 def stats_of_moments(moments: Mapping[str, ChannelMoments]) -> dict[str, ChannelStats]:
-    """Each tensor's statistics, as a manifest has them."""
     return {name: of_tensor.to_stats() for name, of_tensor in moments.items()}

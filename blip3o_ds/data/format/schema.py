@@ -48,8 +48,8 @@ class TensorSpec:
             )
         where = f"tensors.{name}"
         _check_positive(f"{where}.dim", self.dim)
-        _check_choice(f"{where}.dtype", self.dtype, StorageDType)
-        _check_choice(f"{where}.role", self.role, Role)
+        check_choice(f"{where}.dtype", self.dtype, StorageDType)
+        check_choice(f"{where}.role", self.role, Role)
         if self.num_tokens is not None:
             _check_positive(f"{where}.num_tokens", self.num_tokens)
 
@@ -69,7 +69,7 @@ class DatasetSpec:
     tensors: Mapping[str, TensorSpec]
 
     def __post_init__(self) -> None:
-        _check_choice("token_layout", self.token_layout, TokenLayout)
+        check_choice("token_layout", self.token_layout, TokenLayout)
         _check_positive("num_tokens", self.num_tokens)
         if not self.tensors:
             raise DataError("tensors must name at least one tensor")
@@ -229,6 +229,7 @@ def _check_positive(name: str, value: object) -> None:
         raise DataError(f"{name} must be a positive integer, found {value!r}")
 
 
-def _check_choice(name: str, value: object, choices: Any) -> None:
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise DataError unless `value`, of the field `name`, is one that the Literal `choices` lists."""
     if value not in get_args(choices):
         raise DataError(f"{name} must be one of {', '.join(get_args(choices))}, found {value!r}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
+from blip3o_ds.data.format.schema import check_choice
 from blip3o_ds.errors import DataError
 
 SplitPart = Literal["train", "eval"]
@@ -33,8 +34,7 @@ class Selection:
         if not self.of or self.of.startswith("pipe:") or not self.of.isprintable():
             # A manifest is data, perhaps of somebody else's making, and a pipe is a command.
             raise DataError(f"of must be a folder or a URL, not a command, found {self.of[:80]!r}")
-        if self.part not in get_args(SplitPart):
-            raise DataError(f"part must be one of {', '.join(get_args(SplitPart))}, found {self.part!r}")
+        check_choice("part", self.part, SplitPart)
         if not 0 < self.fraction < 1:
             raise DataError(f"fraction must lie between 0 and 1, found {self.fraction!r}")
 

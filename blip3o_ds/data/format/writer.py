@@ -44,8 +44,7 @@ class BusyFolder(DataError):
 def sole_writer(folder: Path) -> Iterator[None]:
     """Keep other writers of this project out of a dataset's folder; raises BusyFolder where one is in it.
 
-    The lock file stays, and means nothing while no process holds its lock. Where there are no locks, or no folder,
-    nobody is kept out.
+    The lock file stays. Where there are no locks, or no folder, nobody is kept out.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -58,11 +57,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 class DatasetWriter:
-    """Writes samples into shards of `samples_per_shard` and, on a clean exit, the manifest.
+    """A context manager that writes samples into shards of `samples_per_shard` and, on a clean exit, the manifest.
 
-    A context manager. When an exception ends it, the complete shards stay and the unfinished one is removed; with
-    `resume`, another one continues after them and ends with the same bytes as an uninterrupted run. One process at a
-    time writes into a folder.
+    When an exception ends it, the complete shards stay and the unfinished one is removed; with `resume`, another one
+    continues after them. One process at a time writes into a folder.
     """
 
     def __init__(
@@ -74,10 +72,7 @@ class DatasetWriter:
         *,
         resume: bool = False,
     ) -> None:
-        """With `resume`, continue after the complete shards in `dst`, if there are any; otherwise there must be none.
-
-        Raises DataError when what is there has another spec, or a shard in the middle is missing or damaged.
-        """
+        """Without `resume`, `dst` must hold no shards; with it, DataError if they are damaged or of another spec."""
         if samples_per_shard < 1:
             raise DataError(f"samples_per_shard must be at least 1, found {samples_per_shard}")
         self.spec = spec
@@ -122,7 +117,7 @@ class DatasetWriter:
                 self._shard = ShardWriter(path, self.spec, self._distortions)
             self._shard.write(key, tensors, meta)
             self._keys.add(key)
-            if self._shard.num_samples >= self._samples_per_shard:
+            if len(self._shard.index.keys) >= self._samples_per_shard:
                 self._finish_shard(self._shard)
         except OSError as error:
             # The tar may end in half a member now, so it is removed, and every later sample is refused.
@@ -174,7 +169,7 @@ class DatasetWriter:
     def _close(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._shard is not None and self._shard.num_samples:
+        if self._shard is not None and self._shard.index.keys:
             self._finish_shard(self._shard)
         if not self._shards:
             raise DataError(f"no sample was written to {self._dst}, and a dataset must hold at least one")
@@ -196,11 +191,7 @@ class ShardWriter:
         self._distortions = distortions
         self._pending = atomic_write(path)
         self._tar = HashingFile(self._pending.__enter__())
-        self._index = IndexBuilder(spec)
-
-    @property
-    def num_samples(self) -> int:
-        return len(self._index.keys)
+        self.index = IndexBuilder(spec)
 
     def write(self, key: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Append a sample; nothing reaches the file unless all of it is valid."""
@@ -229,18 +220,20 @@ class ShardWriter:
         moments = sample_moments(decoded)
         content = safetensors.torch.save(tensors)
         _, offsets = parse_header(content, self._spec, f"{self.path}: sample {key}")
-        meta_content = _meta_bytes(key, meta)
-
+        try:
+            meta_content = json.dumps(meta, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise DataError(f"sample {key!r}: its metadata cannot be written as JSON ({error})") from error
         tensors_offset = self._member(f"{key}.safetensors", content)
         meta_offset = self._member(f"{key}.json", meta_content)
-        self._index.add(Member(key, content, tensors_offset, meta_content, meta_offset), offsets, moments)
+        self.index.add(Member(key, content, tensors_offset, meta_content, meta_offset), offsets, moments)
 
     def finish(self) -> ShardIndex:
         """Close the tar, then write the index that makes it count."""
         self._tar.write(bytes(2 * tarfile.BLOCKSIZE))  # two blocks of zeros end a tar
         self._tar.write(bytes(-self._tar.num_bytes % tarfile.RECORDSIZE))
         self._pending.__exit__(None, None, None)
-        index = self._index.build(self._tar.num_bytes, self._tar.sha256)
+        index = self.index.build(self._tar.num_bytes, self._tar.sha256)
         try:
             index.save(index_path(self.path))
         except BaseException:
@@ -305,13 +298,6 @@ def _check_key(key: str) -> None:
         key.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"key {key!r} is not valid Unicode ({error.reason})") from error
-
-
-def _meta_bytes(key: str, meta: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(meta, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise DataError(f"sample {key!r}: its metadata cannot be written as JSON ({error})") from error
 
 
 def _write_failed(dst: Path, error: OSError) -> DataError:

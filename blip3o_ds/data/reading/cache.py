@@ -1,9 +1,7 @@
 """The shards of remote datasets on this node: downloaded once, whichever process asks, and kept within a bound.
 
-A shard is filed under its checksum, so datasets that share shards share their copies. fsspec's own caches (`filecache`,
-`blockcache`) lack what training needs: a bound on the size that all processes of the node share, eviction that spares
-the shards in use, a checksum before the first use, and one download for each shard and node. The folder must be on a
-disk of this node.
+A shard is filed under its checksum, so datasets that share shards share their copies. Unlike fsspec's own caches, this
+one has a bound that all processes of the node share, and spares the shards in use. It must be on a disk of this node.
 """
 
 from __future__ import annotations
@@ -130,7 +128,6 @@ class ShardCache:
 
 
 def _files(folder: Path) -> dict[Path, os.stat_result]:
-    """The files of one shard, without its locks."""
     files = {}
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # a download that just ended

@@ -40,13 +40,10 @@ class EmbeddingDataset:
     """A dataset opened for reading by (shard, index); shards open on first use. Safe for several threads.
 
     `location` is a folder, a URL (`https://`, `s3://`, `gs://`, …) or `pipe:COMMAND {name}`; shards that are not on a
-    file system are kept in at most `cache_gb` GiB of `cache_dir` (see `ShardCache`). Opening reads only the manifest,
-    however many shards there are. `max_shards` and `max_samples` keep only the first of each.
-    `token_layout="patch_only"` reads a `cls_patch` dataset without token 0 (the manifest's statistics still include
-    it). Raises DataError: here for a missing or wrong manifest, on reading for a missing or damaged shard.
-
-    Where the policy in `bad_samples` is `skip`, `read` and `read_into` give another sample instead of that error (see
-    `Replacements`), and its key says which it was. Sizes and order are the manifest's either way.
+    file system are kept in at most `cache_gb` GiB of `cache_dir` (see `ShardCache`). `max_shards` and `max_samples`
+    keep only the first of each. `token_layout="patch_only"` reads a `cls_patch` dataset without token 0 (the manifest's
+    statistics still include it). Raises DataError: here for a wrong manifest, on reading for a missing or damaged
+    shard; unless the policy in `bad_samples` is `skip`, which gives another sample instead (see `Replacements`).
     """
 
     def __init__(
@@ -96,7 +93,6 @@ class EmbeddingDataset:
         self._source.keep([self.manifest.shards[shard] for shard in shards])
 
     def close(self) -> None:
-        """Close all shards and end the reading ahead."""
         self._source.close()
         with self._lock:
             self._open_shards.clear()
@@ -156,7 +152,6 @@ class EmbeddingDataset:
         return reader.keys[row]
 
     def _locate(self, shard: int, index: int) -> tuple[ShardReader, int]:
-        """The reader of a shard, and the sample's place in it."""
         self._check_place(shard, index)
         opened = self._opened(shard)
         return opened.reader, opened.rows[index]

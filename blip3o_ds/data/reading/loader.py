@@ -47,8 +47,7 @@ class EmbeddingLoader:
     r-th of `world_size` contiguous slices, cut into micro-batches in order. Use as a context manager or `close()`.
 
     On a CUDA `device` the batches arrive there, copied one ahead on a separate stream, and belong to the caller. On the
-    CPU they are views of buffers that are reused: a step's batches are overwritten after the next call of `next_step`,
-    so use them before it, or clone what you keep.
+    CPU they are views of buffers that the next call of `next_step` lets be overwritten, so clone what you keep.
 
     A bad sample is an error, or is replaced as `Replacements` says; all ranks do the same steps either way. `positions`
     are those of the order, `keys` those of the samples that were read.
@@ -66,15 +65,10 @@ class EmbeddingLoader:
         prefetch: int = 2,
         device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {
-            "micro_batch_size": micro_batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "world_size": world_size,
-            "prefetch": prefetch,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise DataError(f"{name} must be at least 1, found {value}")
+        sizes = micro_batch_size, gradient_accumulation_steps, world_size, prefetch
+        if min(sizes) < 1:
+            names = "micro_batch_size, gradient_accumulation_steps, world_size and prefetch"
+            raise DataError(f"{names} must be at least 1, found {', '.join(map(str, sizes))}")
         if not 0 <= rank < world_size:
             raise DataError(f"rank must lie in [0, {world_size}), found {rank}")
         if order.num_samples != len(dataset):
@@ -94,23 +88,25 @@ class EmbeddingLoader:
         self._handed_out: Step | None = None
 
     def next_step(self) -> Iterator[Batch]:
-        """The next step's micro-batches; an error in a reading thread is raised here.
-
-        Ends the use of the step before: on the CPU its batches may be overwritten from now on.
-        """
+        """The next step's micro-batches; an error in a reading thread is raised here."""
         if self._closed:
             raise RuntimeError("the loader is closed")
         if self._ring is None:
-            self._ring = self._start()
+            self._ring = StepRing(
+                self._dataset,
+                self._order,
+                start=self._position + self._rank * self._share,
+                stride=self.samples_per_step,
+                rows=self._share,
+                num_buffers=self._prefetch + 2,  # and one that is handed out, one that is being filled
+                pin=self._uploader is not None,
+            )
         if self._handed_out is not None:
             self._ring.release(self._handed_out)
             self._handed_out = None
         started = time.perf_counter()
-        try:
-            step = self._ring.get()
-        finally:
-            self.wait_seconds += time.perf_counter() - started
-        self._handed_out = step
+        step = self._handed_out = self._ring.get()
+        self.wait_seconds += time.perf_counter() - started
         self._position += self.samples_per_step
         if self._uploader is None:
             return iter(self._cut(step))
@@ -139,7 +135,6 @@ class EmbeddingLoader:
         self._position = position
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the threads to end."""
         self._stop()
         self._closed = True
 
@@ -149,24 +144,12 @@ class EmbeddingLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> StepRing:
-        return StepRing(
-            self._dataset,
-            self._order,
-            start=self._position + self._rank * self._share,
-            stride=self.samples_per_step,
-            rows=self._share,
-            num_buffers=self._prefetch + 2,  # and one that is handed out, one that is being filled
-            pin=self._uploader is not None,
-        )
-
     def _stop(self) -> None:
         if self._ring is not None:
             self._ring.close()
             self._ring = self._handed_out = None
 
     def _cut(self, step: Step) -> list[Batch]:
-        """The step's micro-batches, as views of its buffers."""
         batches = []
         for begin in range(0, self._share, self._micro_batch_size):
             end = begin + self._micro_batch_size
@@ -177,8 +160,6 @@ class EmbeddingLoader:
 
 
 class _Upload(NamedTuple):
-    """A micro-batch on its way to the GPU."""
-
     step: Step
     number: int  # in its step
     batch: Batch  # on the GPU
@@ -186,7 +167,7 @@ class _Upload(NamedTuple):
 
 
 class _Uploader:
-    """Copies micro-batches to the GPU on a separate stream, the next one while the current one is worked on."""
+    """Copies micro-batches to the GPU on a separate stream."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)

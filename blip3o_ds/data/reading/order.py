@@ -19,11 +19,9 @@ _SHARD_STREAM = 0  # windows take streams 1, 2, ...
 
 
 class GlobalOrder:
-    """Finds the sample at a global position.
+    """Finds the sample at a global position. Not for use by several threads at once.
 
-    `shard_sizes` are samples per shard, `window_shards` is the number of shards whose samples are mixed. Holds
-    two epochs' permutations of the shards and two windows' of their samples, whatever the size of the dataset. Not
-    for use by several threads at once.
+    `shard_sizes` are samples per shard, `window_shards` is the number of shards whose samples are mixed.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window_shards: int = 16) -> None:

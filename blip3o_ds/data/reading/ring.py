@@ -133,7 +133,6 @@ class StepRing:
             self._room.notify_all()
 
     def close(self) -> None:
-        """Stop reading and wait for the threads to end."""
         with self._room:
             self._stopping = True
             self._room.notify_all()

@@ -55,9 +55,8 @@ class Sample:
 class ShardReader:
     """Reads samples of one shard through its index. Safe to use from several threads.
 
-    `preadv` reads a sample straight into the caller's tensors. From the page cache that is about as fast as a copy out
-    of a memory map; from a remote file system it is a few large requests instead of one for every few pages; and where
-    the file is truncated meanwhile it is a DataError, where a map kills the process.
+    By `preadv`, which from the page cache is about as fast as a memory map, from a remote file system takes fewer
+    requests, and where the file is truncated meanwhile gives a DataError, where a map kills the process.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -142,7 +141,6 @@ class ShardReader:
         raise errors[0]
 
     def _read_header(self, i: int) -> bytearray:
-        """The start of a sample's file, which holds at least its header."""
         content = bytearray(min(int(self.index.members["tensors_size"][i]), _MAX_HEADER_BYTES))
         self._read_at(int(self.index.members["tensors_offset"][i]), [content], i)
         return content
