@@ -67,10 +67,9 @@ class Piece:
 
 
 class SampleMemory(dict[str, Tensor]):
-    """The contiguous CPU tensors that a sample is read into, by name, and their `pieces`.
+    """The contiguous CPU tensors that a sample is read into, by name, and their `pieces`, each checked once read.
 
-    A piece that was just read is checked while it is in the core's cache. The views are made once for memory that is
-    filled many times: making them takes longer than reading a small sample.
+    For memory that is filled many times they are made once: it takes longer than reading a small sample.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -138,10 +137,9 @@ def check_values(stored: Mapping[str, Tensor], where: str) -> None:
 
 
 def parse_header(content: bytes | bytearray, spec: DatasetSpec, where: str) -> tuple[int, dict[str, int]]:
-    """Check a sample's safetensors header against `spec`.
+    """The length in bytes of a sample's safetensors header and each tensor's offset in the file, checked by `spec`.
 
-    Returns the header's length in bytes and each tensor's offset from the start of the file. `where` names the
-    sample in errors; `content` must hold at least the header.
+    `where` names the sample in errors; `content` must hold at least the header.
     """
     length = 8 + int.from_bytes(content[:8], "little")
     try:

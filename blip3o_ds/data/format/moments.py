@@ -71,7 +71,6 @@ def no_moments(spec: DatasetSpec) -> dict[str, ChannelMoments]:
 
 
 def sample_moments(tensors: Mapping[str, Tensor]) -> dict[str, ChannelMoments]:
-    """Each tensor's moments over the tokens of one sample."""
     return {name: ChannelMoments.of(values.float().numpy()) for name, values in tensors.items()}
 
 

@@ -1,7 +1,6 @@
 """Going through a shard's tar from end to end, reading each byte once: the samples, and the checksum of the whole.
 
-It takes what the writer writes (regular files, with pax headers for long names) and says where a tar is otherwise;
-`tarfile` would take a damaged header in the middle for the end.
+It takes what the writer writes and says where a tar is otherwise; `tarfile` would take a damaged header for the end.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Member:
 class TarWalk:
     """Iterates over the samples of the tar at `path`; afterwards `num_bytes` and `sha256` are of the whole file.
 
-    A tar that cannot be read on ends the iteration, with the reason in `damage`. The rest of the file is read for the
-    checksum all the same. Raises DataError for a file that cannot be opened or read.
+    A damaged tar ends the iteration, with the reason in `damage`; DataError for a file that cannot be read at all.
     """
 
     def __init__(self, path: Path) -> None:

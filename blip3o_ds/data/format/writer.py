@@ -103,8 +103,8 @@ class DatasetWriter:
     def write(self, key: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Append a sample: each tensor of the specification, [N, D], and `meta`, anything that JSON holds.
 
-        Raises DataError for a key used before or with "." or "/" in it, other tensors or shapes, a value that is not
-        finite (also after the cast to the stored dtype), or a disk that refuses.
+        Raises DataError for a key used before or with "." or "/" in it, other shapes, a value that is not finite (also
+        after the cast to the stored dtype), or a disk that refuses.
         """
         if self._failure is not None:
             raise self._failure
@@ -242,7 +242,6 @@ class ShardWriter:
         return index
 
     def abort(self) -> None:
-        """Remove what was written."""
         # A full disk refuses the last buffered bytes as well; the file is removed, so they do not matter.
         with contextlib.suppress(DataError, OSError):
             self._pending.__exit__(DataError, DataError("shard abandoned"), None)

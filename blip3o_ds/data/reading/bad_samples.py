@@ -74,11 +74,10 @@ class BadSamples:
 
 
 class Replacements:
-    """Which sample of a dataset is read where the one at a place is bad; what was found bad is not tried again.
+    """Which sample of a dataset is read where the one at a place is bad: a function of the data and the place.
 
     For a bad sample it is the next sound one of its shard, from the first again after the last; for a shard that
-    cannot be opened, or has no sound sample, the sample `index` modulo its size of the next shard, in the same way. So
-    the sample that is read depends only on the data and the place.
+    cannot be opened, or has no sound sample, the sample `index` modulo its size of the next shard, in the same way.
     """
 
     def __init__(self, bad_samples: BadSamples, shard_names: Sequence[str], shard_sizes: Sequence[int]) -> None:

@@ -85,11 +85,10 @@ class GlobalOrder:
 
 
 def _permutation(seed: int, epoch: int, stream: int, size: int) -> np.ndarray:
-    """A permutation of `range(size)` that will not change with numpy's version.
+    """A permutation of `range(size)`: the stable order of random keys.
 
-    numpy guarantees the bits of Philox (Salmon et al. 2011) but not what `Generator.permutation` makes of them, so
-    it is the stable order of random keys. Seed and epoch are the cipher's key; the stream is a high word of the
-    counter, so streams never overlap.
+    numpy guarantees the bits of Philox (Salmon et al. 2011) in all versions, but not `Generator.permutation`. The
+    stream is a high word of the counter, so streams never overlap.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, stream, 0], np.uint64))
     return np.argsort(bits.random_raw(size), kind="stable")

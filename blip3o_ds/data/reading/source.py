@@ -39,7 +39,6 @@ class ShardFiles:
             self._prefetcher.want(infos)
 
     def close(self) -> None:
-        """End the background work and release every shard that `keep` named."""
         if self._remote is not None:
             self._prefetcher.close()
 
