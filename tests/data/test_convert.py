@@ -224,7 +224,7 @@ def broken(change: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ("other width", "eva_blip3o_embeddings"),
+        ("other width", "tensors.eva.dim: 11 != 12"),
         ("other token count", "tokens"),
         ("sides disagree", "clip_blip3o_embeddings"),
         ("no grid", "eva_blip3o_embeddings"),

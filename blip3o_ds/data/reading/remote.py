@@ -31,7 +31,6 @@ ATTEMPTS = 6
 TIMEOUT_SECONDS = 30.0  # without a byte
 FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubled each time, with jitter so that nodes spread out
 _CHUNK_BYTES = 1 << 20
-_BUSY_STATUS = (408, 425, 429)  # HTTP's ways of saying "later", besides 5xx
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # our own disk's: another attempt would not help
 _PIPE = "pipe:"
 
@@ -164,7 +163,7 @@ def _open_http(url: str) -> Iterator[Any]:
         with files.open(url, size=1) as stream:  # any size, or it would be asked for with another request
             yield stream
     except aiohttp.ClientResponseError as error:
-        is_passing = error.status >= 500 or error.status in _BUSY_STATUS
+        is_passing = error.status >= 500 or error.status in (408, 425, 429)  # which say "later"
         raise (TransferError if is_passing else PermissionError)(
             f"HTTP status {error.status} {error.message}"
         ) from error

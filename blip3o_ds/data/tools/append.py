@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,7 @@ from blip3o_ds.files import HashingFile, atomic_write, fsync_dir
 _READ_THREADS = 8  # indexes are small files, and on a network file system each costs a round trip
 _COPY_BYTES = 1 << 22
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
-
-
-@dataclass(frozen=True)
-class _Set:
-    """A dataset folder with shards of its own."""
-
-    folder: Path
-    manifest: Manifest
-
-    def index(self, info: ShardInfo) -> ShardIndex:
-        path = self.folder / info.name
-        check_tar_size(path, info.num_bytes)
-        index = ShardIndex.load(index_path(path))
-        if (len(index.keys), index.sha256) != (info.num_samples, info.sha256) or index.spec != self.manifest.spec:
-            raise DataError(f"{index_path(path)}: belongs to another shard than {self.folder / MANIFEST_NAME} lists")
-        return index
+_Set = tuple[Path, Manifest]  # a folder with shards of its own
 
 
 def append(dataset_dir: str | Path, sources: Sequence[str | Path]) -> dict[str, Any]:
@@ -54,30 +40,24 @@ def append(dataset_dir: str | Path, sources: Sequence[str | Path]) -> dict[str, 
     """
     folder = Path(dataset_dir)
     with sole_writer(folder):
-        return _append(_open(folder), sources)
-
-
-def _append(own: _Set, sources: Sequence[str | Path]) -> dict[str, Any]:
-    added = [_open(Path(source)) for source in sources]
-    for other in added:
-        if differences := other.manifest.spec.differences(own.manifest.spec):
-            raise DataError(f"{other.folder}: its spec is not that of {own.folder} ({differences}); convert it first")
-    _refuse_duplicates([own, *added])
-    placed: list[Path] = []
-    try:
-        shards = [*own.manifest.shards, *_place(own, added, placed)]
-        fsync_dir(own.folder)
-        merged = _merge(own.manifest, [other.manifest for other in added], tuple(shards))
-        merged.extra["appended"] = [*own.manifest.extra.get("appended", []), *map(_origin, added)]
-        merged.save(own.folder)
-    except BaseException:
-        for path in placed:
-            path.unlink(missing_ok=True)
-        raise
+        own = _load_whole(folder)
+        added = [(Path(source), _load_whole(Path(source))) for source in sources]
+        for source, other in added:
+            if differences := other.spec.differences(own.spec):
+                raise DataError(f"{source}: its spec is not that of {folder} ({differences}); convert it first")
+        _refuse_duplicates([(folder, own), *added])
+        placed: list[Path] = []
+        try:
+            merged = _merge(folder, own, added, placed)
+            merged.save(folder)
+        except BaseException:
+            for path in placed:
+                path.unlink(missing_ok=True)
+            raise
     return {
-        "shards_added": len(shards) - len(own.manifest.shards),
-        "samples_added": merged.num_samples - own.manifest.num_samples,
-        "shards": len(shards),
+        "shards_added": len(merged.shards) - len(own.shards),
+        "samples_added": merged.num_samples - own.num_samples,
+        "shards": len(merged.shards),
         "samples": merged.num_samples,
     }
 
@@ -88,14 +68,14 @@ def next_number(manifest: Manifest) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _open(folder: Path) -> _Set:
+def _load_whole(folder: Path) -> Manifest:
     manifest = Manifest.load(folder)
     if manifest.selection is not None:
         raise DataError(
             f"{folder}: a split of {manifest.selection.of}, with no shards of its own; append whole datasets, and "
             "split the result again: every sample stays on its side"
         )
-    return _Set(folder, manifest)
+    return manifest
 
 
 def _refuse_duplicates(sets: Sequence[_Set]) -> None:
@@ -111,24 +91,36 @@ def _refuse_duplicates(sets: Sequence[_Set]) -> None:
 
 
 def _keys(sets: Sequence[_Set]) -> Iterator[tuple[Path, list[str]]]:
-    shards = [(member, info) for member in sets for info in member.manifest.shards]
+    def read(folder: Path, manifest: Manifest, info: ShardInfo) -> tuple[Path, list[str]]:
+        path = folder / info.name
+        check_tar_size(path, info.num_bytes)
+        index = ShardIndex.load(index_path(path))
+        if (len(index.keys), index.sha256) != (info.num_samples, info.sha256) or index.spec != manifest.spec:
+            raise DataError(f"{index_path(path)}: belongs to another shard than {folder / MANIFEST_NAME} lists")
+        return path, index.keys
+
+    shards = [(folder, manifest, info) for folder, manifest in sets for info in manifest.shards]
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for (member, info), keys in zip(
-            shards, pool.map(lambda pair: pair[0].index(pair[1]).keys, shards), strict=True
-        ):
-            yield member.folder / info.name, keys
+        yield from pool.map(lambda shard: read(*shard), shards)
 
 
-def _place(own: _Set, added: Sequence[_Set], placed: list[Path]) -> Iterator[ShardInfo]:
-    number = next_number(own.manifest)
-    for other in added:
-        for info in other.manifest.shards:
-            source, target = other.folder / info.name, own.folder / f"shard_{number:05d}.tar"
+def _merge(folder: Path, own: Manifest, added: Sequence[_Set], placed: list[Path]) -> Manifest:
+    """The manifest of both, after the shards of `added` were placed in `folder`; `placed` collects the new files."""
+    shards, moments = list(own.shards), moments_of_stats(own.stats)
+    appended = list(own.extra.get("appended", []))
+    number = next_number(own)
+    for source, other in added:
+        for info in other.shards:
+            target = folder / f"shard_{number:05d}.tar"
             placed += [target, index_path(target)]
-            _link_or_copy(source, target, info.sha256)
-            _link_or_copy(index_path(source), index_path(target))
-            yield replace(info, name=target.name)
+            _link_or_copy(source / info.name, target, info.sha256)
+            _link_or_copy(index_path(source / info.name), index_path(target))
+            shards.append(replace(info, name=target.name))
             number += 1
+        moments = merge_moments(moments, moments_of_stats(other.stats))
+        appended.append({"name": source.resolve().name, "samples": other.num_samples, "extra": other.extra})
+    fsync_dir(folder)
+    return Manifest(own.spec, tuple(shards), stats_of_moments(moments), {**own.extra, "appended": appended})
 
 
 def _link_or_copy(source: Path, target: Path, sha256: str | None = None) -> None:
@@ -139,21 +131,8 @@ def _link_or_copy(source: Path, target: Path, sha256: str | None = None) -> None
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-    with open(source, "rb") as reading, atomic_write(target) as writing:
-        hashed = HashingFile(reading)
-        while chunk := hashed.read(_COPY_BYTES):
-            writing.write(chunk)
+    with open(source, "rb") as raw, atomic_write(target) as copy:
+        hashed = HashingFile(raw)
+        shutil.copyfileobj(hashed, copy, _COPY_BYTES)
         if sha256 is not None and hashed.sha256 != sha256:
             raise DataError(f"{source}: its SHA-256 is {hashed.sha256}, its manifest says {sha256}")
-
-
-def _merge(own: Manifest, added: Sequence[Manifest], shards: tuple[ShardInfo, ...]) -> Manifest:
-    moments = moments_of_stats(own.stats)
-    for other in added:
-        moments = merge_moments(moments, moments_of_stats(other.stats))
-    return Manifest(own.spec, shards, stats_of_moments(moments), dict(own.extra))
-
-
-def _origin(other: _Set) -> dict[str, Any]:
-    manifest = other.manifest
-    return {"name": other.folder.resolve().name, "samples": manifest.num_samples, "extra": manifest.extra}

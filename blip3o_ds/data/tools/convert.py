@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.format.manifest import MANIFEST_NAME
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest
 from blip3o_ds.data.format.schema import DatasetSpec, StorageDType, TokenLayout
 from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.tools.pickles import load_pickle
-from blip3o_ds.data.tools.recast import recast, refuse_foreign, summary
 from blip3o_ds.errors import DataError
 from blip3o_ds.progress import Progress
 
@@ -47,36 +47,34 @@ def convert(
 ) -> dict[str, Any]:
     """Convert pickled shards, or another dataset, to a dataset in `dst`; finishes what was interrupted.
 
-    `src` is a dataset (see `recast`), one pickle or a folder of `embeddings_shard_00000_patch_only.pkl` (or
+    `src` is a dataset's folder or URL, one pickle or a folder of `embeddings_shard_00000_patch_only.pkl` (or
     `_cls_patch.pkl`) files, each a dict with `eva_blip3o_embeddings` [S, N, De], `clip_blip3o_embeddings` [S, N, Dc],
-    `captions` and `keys`.
-    `token_layout="patch_only"` drops the CLS token of data that have one; None keeps the layout. Returns counts,
-    the specification, and under `cost` what the stored dtype does to each tensor (see
-    `Distortion.to_dict`). Raises DataError that names the file and the field.
+    `captions` and `keys`. `token_layout="patch_only"` drops the CLS token of data that have one; None keeps the layout.
+    Returns counts, the specification, and under `cost` what the stored dtype does to each tensor (see
+    `Distortion.to_dict`; samples found done are not measured again). Raises DataError that names file and field.
     """
     if is_dataset(src):
-        return recast(src, dst, token_layout=token_layout, dtype=dtype, samples_per_shard=samples_per_shard)
+        return _recast(src, dst, token_layout, dtype, samples_per_shard)
     sources = _find_sources(Path(src), token_layout)
     extra = {"converted_from": [path.name for path in sources]}
     seen: set[str] = set()
     with ExitStack() as stack:
         writer: DatasetWriter | None = None
         for path in Progress("convert", len(sources), "files").over(sources):
-            shard = _read_shard(path, token_layout)
-            spec = shard.spec(dtype)
+            shard = _read_shard(path, token_layout, dtype)
             if writer is None:
-                writer = stack.enter_context(DatasetWriter(dst, spec, samples_per_shard, extra, resume=True))
+                writer = stack.enter_context(DatasetWriter(dst, shard.spec, samples_per_shard, extra, resume=True))
                 done = writer.done_keys()
-            elif spec != writer.spec:
+            elif shard.spec != writer.spec:
                 raise DataError(
-                    f"{path}: {_describe(spec)}, but {sources[0].name} has {_describe(writer.spec)}; all shards of a "
+                    f"{path}: differs from {sources[0].name} ({shard.spec.differences(writer.spec)}); all shards of a "
                     "dataset must agree, convert them apart"
                 )
             _write_shard(writer, shard, seen, done)
             del shard  # before the next is read: one in memory at a time
         assert writer is not None  # there is at least one source
-        refuse_foreign(dst, done - seen)
-    return {"source_files": len(sources), **summary(dst, writer, len(done))}
+        _refuse_foreign(dst, done - seen)
+    return {"source_files": len(sources), **_summary(dst, writer, len(done))}
 
 
 def is_dataset(src: str | Path) -> bool:
@@ -84,21 +82,56 @@ def is_dataset(src: str | Path) -> bool:
     return is_remote(src) or (Path(src) / MANIFEST_NAME).exists()
 
 
+def _recast(
+    src: str | Path, dst: str | Path, token_layout: TokenLayout | None, dtype: StorageDType, samples_per_shard: int
+) -> dict[str, Any]:
+    dataset = EmbeddingDataset(src, token_layout=token_layout)
+    if Path(dst).resolve() == Path(src).resolve():
+        raise DataError(f"{dst}: source and destination are the same folder; give another destination")
+    extra = {**dataset.manifest.extra, "recast_from": dataset.manifest.spec.dtypes}
+    with DatasetWriter(dst, dataset.spec.stored_as(dtype), samples_per_shard, extra, resume=True) as writer:
+        done = writer.done_keys()
+        seen: set[str] = set()
+        for shard, size in enumerate(Progress("convert", len(dataset.shard_sizes), "shards").over(dataset.shard_sizes)):
+            for index in range(size):
+                key = dataset.key(shard, index)
+                seen.add(key)
+                if key not in done:
+                    writer.write(key, dataset.read(shard, index).tensors, dataset.meta(shard, index))
+        _refuse_foreign(dst, done - seen)
+    return {"source_dtype": dataset.spec.dtypes, **_summary(dst, writer, len(done))}
+
+
+def _refuse_foreign(dst: str | Path, keys: set[str]) -> None:
+    if keys:
+        raise DataError(
+            f"{dst}: holds {len(keys)} samples that are not in the source, such as {min(keys)!r}; it belongs to "
+            "another conversion, give an empty folder"
+        )
+
+
+def _summary(dst: str | Path, writer: DatasetWriter, found_done: int) -> dict[str, Any]:
+    manifest = Manifest.load(dst)
+    return {
+        "samples": manifest.num_samples,
+        "samples_found_done": found_done,
+        "shards": len(manifest.shards),
+        "bytes": sum(info.num_bytes for info in manifest.shards),
+        "spec": manifest.spec.to_dict(),
+        "cost": writer.cost(),
+    }
+
+
 @dataclass(frozen=True)
 class _PickledShard:
-    """One pickle, checked: tensors [S, N, D] in the layout asked for, and per sample a key and metadata."""
+    """One pickle, checked: tensors [S, N, D] in the layout asked for, and lists with an entry per sample."""
 
     path: Path
-    token_layout: TokenLayout
+    spec: DatasetSpec
     eva: Tensor
     clip: Tensor
     keys: list[str]
-    metas: list[dict[str, Any]]
-
-    def spec(self, dtype: StorageDType) -> DatasetSpec:
-        dims = (self.eva.shape[2], self.clip.shape[2])
-        encoders = ("eva-clip-8b", "clip-vit-l14") if dims == _PUBLISHED_DIMS else ("unknown", "unknown")
-        return DatasetSpec.pair(self.eva.shape[1], self.token_layout, *dims, dtype, *encoders)
+    fields: dict[str, list]  # the metadata
 
 
 def _find_sources(src: Path, token_layout: TokenLayout | None) -> list[Path]:
@@ -108,10 +141,7 @@ def _find_sources(src: Path, token_layout: TokenLayout | None) -> list[Path]:
         raise DataError(f"{src}: not found; give a pickled shard or a folder of them")
     found = {path: match for path in src.iterdir() if (match := _SOURCE_NAME.fullmatch(path.name))}
     if not found:
-        raise DataError(
-            f"{src}: holds no file named like embeddings_shard_00000_patch_only.pkl; give the folder that the "
-            "embedding extraction wrote"
-        )
+        raise DataError(f"{src}: holds no file named like embeddings_shard_00000_patch_only.pkl; give their folder")
     layouts = {match[2] for match in found.values()}
     if len(layouts) > 1:
         # The same images in both layouts: each sample would come twice.
@@ -122,27 +152,26 @@ def _find_sources(src: Path, token_layout: TokenLayout | None) -> list[Path]:
 
 
 def _write_shard(writer: DatasetWriter, shard: _PickledShard, seen: set[str], done: set[str]) -> None:
-    for i, (key, meta) in enumerate(zip(shard.keys, shard.metas, strict=True)):
+    for i, original in enumerate(shard.keys):
+        key = _safe_key(original)
         if key in seen:
-            raise DataError(f"{shard.path}: field 'keys': {meta.get('original_key', key)!r} comes twice")
+            raise DataError(f"{shard.path}: field 'keys': {original!r} comes twice")
         seen.add(key)
         if key in done:
             continue
         for field, values in ((_EVA, shard.eva[i]), (_CLIP, shard.clip[i])):
             if not torch.isfinite(values).all():
                 raise DataError(f"{shard.path}: field {field!r}: sample {key!r} (number {i}) holds NaN or infinity")
+        meta = {name: values[i] for name, values in shard.fields.items()}
+        if key != original:
+            meta["original_key"] = original
         try:
             writer.write(key, {"eva": shard.eva[i], "clip": shard.clip[i]}, meta)
         except DataError as error:
             raise DataError(f"{shard.path}: {error}") from error
 
 
-def _describe(spec: DatasetSpec) -> str:
-    dims = [spec.tensors[name].dim for name in ("eva", "clip")]
-    return f"{spec.num_tokens} tokens ({spec.token_layout}), {_EVA} {dims[0]} wide, {_CLIP} {dims[1]} wide"
-
-
-def _read_shard(path: Path, token_layout: TokenLayout | None) -> _PickledShard:
+def _read_shard(path: Path, token_layout: TokenLayout | None, dtype: StorageDType) -> _PickledShard:
     content = load_pickle(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a pickled dict, found {type(content).__name__}")
@@ -152,16 +181,20 @@ def _read_shard(path: Path, token_layout: TokenLayout | None) -> _PickledShard:
             f"{path}: field {_EVA!r} is {list(eva.shape)} and {_CLIP!r} {list(clip.shape)}; the first two sizes "
             "(samples, tokens) must agree"
         )
-    layout = _detect_layout(eva.shape[1], path)
-    if token_layout == "cls_patch" and layout == "patch_only":
-        raise DataError(
-            f"{path}: cls_patch asked, but field {_EVA!r} holds {eva.shape[1]} patch tokens and no CLS token; "
-            "convert as patch_only, or extract the embeddings with the CLS token"
-        )
-    if token_layout == "patch_only" and layout == "cls_patch":
-        eva, clip, layout = eva[:, 1:], clip[:, 1:], token_layout
-    keys, metas = _keys_and_metas(content, len(eva), path)
-    return _PickledShard(path, layout, eva, clip, keys, metas)
+    count, num_tokens, eva_dim = eva.shape
+    dims = (eva_dim, clip.shape[2])
+    layout: TokenLayout = "patch_only" if math.isqrt(num_tokens) ** 2 == num_tokens else "cls_patch"
+    encoders = ("eva-clip-8b", "clip-vit-l14") if dims == _PUBLISHED_DIMS else ("unknown", "unknown")
+    try:
+        spec = DatasetSpec.pair(num_tokens, layout, *dims, dtype, *encoders).viewed_as(token_layout)
+    except DataError as error:
+        raise DataError(f"{path}: field {_EVA!r}: {error}") from error
+    num_dropped = num_tokens - spec.num_tokens
+    keys = _listed(content, "keys", count, path) or [f"{path.stem}_{i:06d}" for i in range(count)]
+    fields = _per_sample_fields(content, count, path)
+    if captions := _listed(content, "captions", count, path):
+        fields["caption"] = captions
+    return _PickledShard(path, spec, eva[:, num_dropped:], clip[:, num_dropped:], list(map(str, keys)), fields)
 
 
 def _embeddings(content: dict, field: str, path: Path) -> Tensor:
@@ -179,35 +212,6 @@ def _embeddings(content: dict, field: str, path: Path) -> Tensor:
             f"{list(values.shape)}"
         )
     return values.detach()
-
-
-def _detect_layout(num_tokens: int, path: Path) -> TokenLayout:
-    if math.isqrt(num_tokens) ** 2 == num_tokens:
-        return "patch_only"
-    if math.isqrt(num_tokens - 1) ** 2 == num_tokens - 1:
-        return "cls_patch"
-    raise DataError(
-        f"{path}: field {_EVA!r} holds {num_tokens} tokens, neither a square grid (patch_only, such as 256) nor one "
-        "and a CLS token (cls_patch, such as 257)"
-    )
-
-
-def _keys_and_metas(content: dict, count: int, path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    originals = _listed(content, "keys", count, path)
-    captions = _listed(content, "captions", count, path)
-    others = _per_sample_fields(content, count, path)
-    keys, metas = [], []
-    for i in range(count):
-        original = f"{path.stem}_{i:06d}" if originals is None else str(originals[i])
-        key = _safe_key(original)
-        meta: dict[str, Any] = {name: values[i] for name, values in others.items()}
-        if captions is not None:
-            meta["caption"] = captions[i]
-        if key != original:
-            meta["original_key"] = original
-        keys.append(key)
-        metas.append(meta)
-    return keys, metas
 
 
 def _listed(content: dict, field: str, count: int, path: Path) -> list | None:
@@ -240,9 +244,7 @@ def _per_sample_fields(content: dict, count: int, path: Path) -> dict[str, list]
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, str | int)
+    return isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _safe_key(original: str) -> str:

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,86 +26,40 @@ from blip3o_ds.data.reading.source import ShardFiles
 from blip3o_ds.errors import DataError
 from blip3o_ds.progress import Progress
 
-_MAX_WORKERS = 8
 
-
-@dataclass
 class ShardReport:
     """What a shard holds, and what is wrong with it."""
 
-    path: Path
-    spec: DatasetSpec
-    num_bytes: int = 0
-    sha256: str = ""
-    selected: int = 0  # samples in the tar that the manifest selects
-    damage: list[str] = field(default_factory=list)  # of the tar as a whole
-    bad: dict[int, str] = field(default_factory=dict)  # by the sample's number, what is wrong with it
-    is_broken: bool = False  # the tar cannot be read to its end
-    index: ShardIndex | None = None  # as it is on disk
-    index_agrees: bool = False  # it says of every sample what the tar does
-    index_problems: list[str] = field(default_factory=list)
-    found: IndexBuilder = field(init=False)  # of all samples in the tar, with the moments of the sound ones
-    selected_moments: dict[str, ChannelMoments] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.found = IndexBuilder(self.spec)
-        self.selected_moments = no_moments(self.spec)
-
-    @property
-    def keys(self) -> list[str]:
-        return self.found.keys
+    def __init__(self, path: Path, spec: DatasetSpec) -> None:
+        self.path = path
+        self.num_bytes, self.sha256 = 0, ""
+        self.selected = 0  # samples in the tar that the manifest selects
+        self.damage: list[str] = []  # of the tar as a whole
+        self.bad: list[str] = []  # what is wrong with a sample
+        self.is_broken = False  # the tar cannot be read to its end
+        self.index: ShardIndex | None = None  # as it is on disk
+        self.index_agrees = False  # it says of every sample what the tar does
+        self.index_problems: list[str] = []
+        self.found = IndexBuilder(spec)  # of all samples in the tar, with the moments of the sound ones
+        self.keys = self.found.keys
+        self.selected_moments = no_moments(spec)
 
     @property
     def problems(self) -> list[str]:
-        return [*self.damage, *self.bad.values(), *self.index_problems]
-
-
-def examine(path: Path, info: ShardInfo, manifest: Manifest) -> ShardReport:
-    """Read the shard at `path`, which the manifest lists as `info`; never raises for what is wrong with it."""
-    report = ShardReport(path, manifest.spec)
-    if not path.is_file():
-        report.damage.append(f"{path}: listed in the manifest, but missing; copy the dataset again")
-        return report
-    report.index = _open_index(path, info, manifest, report.index_problems)
-    walk = TarWalk(path)
-    try:
-        _walk(walk, manifest, report)
-    except DataError as error:
-        report.damage.append(str(error))
-        return report
-    report.num_bytes, report.sha256 = walk.num_bytes, walk.sha256
-    if walk.num_bytes != info.num_bytes:
-        report.damage.append(f"{path}: {walk.num_bytes} bytes, the manifest says {info.num_bytes}; copy it again")
-    elif walk.sha256 != info.sha256:
-        report.damage.append(f"{path}: its SHA-256 is not the manifest's; copy or write it again")
-    report.is_broken = walk.damage is not None
-    if report.is_broken:
-        report.damage.append(f"{path}: the tar cannot be read after {len(report.keys)} samples ({walk.damage})")
-    if report.selected != info.num_samples:
-        report.damage.append(f"{path}: holds {report.selected} samples, the manifest says {info.num_samples}")
-    if report.index is not None:
-        disagreements = _compare_with_index(report, report.index)
-        report.index_agrees = not disagreements and not report.is_broken
-        report.index_problems += disagreements
-    return report
+        return [*self.damage, *self.bad, *self.index_problems]
 
 
 def examine_all(files: ShardFiles, manifest: Manifest, workers: int | None = None) -> Iterator[ShardReport]:
     """The report of every shard, in the manifest's order; `workers` are read at a time, in threads.
 
-    Hashing and arithmetic release Python's global lock. A shard that cannot be fetched is reported as damaged.
+    Hashing and arithmetic release Python's global lock. Never raises for what is wrong with a shard.
     """
-
-    def look_at(info: ShardInfo) -> ShardReport:
-        try:
-            lease = files.open(info)
-        except DataError as error:  # of a URL
-            return ShardReport(Path(info.name), manifest.spec, damage=[str(error)])
-        return examine(lease.path, info, manifest)
-
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    if workers < 1:
+        raise DataError(f"workers must be at least 1, found {workers}")
     with ThreadPoolExecutor(workers) as pool:
-        yield from Progress("verify", len(manifest.shards), "shards").over(pool.map(look_at, manifest.shards))
+        reports = pool.map(lambda info: _examine(files, info, manifest), manifest.shards)
+        yield from Progress("verify", len(manifest.shards), "shards").over(reports)
 
 
 def read_sample(member: Member, spec: DatasetSpec, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -137,32 +90,59 @@ def compare_stats(label: str, stored: ChannelStats, found: ChannelMoments) -> li
     return [f"{label} differ from those of the data in {int((mean_off | var_off).sum())} channels"]
 
 
-def _open_index(path: Path, info: ShardInfo, manifest: Manifest, problems: list[str]) -> ShardIndex | None:
+def _examine(files: ShardFiles, info: ShardInfo, manifest: Manifest) -> ShardReport:
+    report = ShardReport(Path(info.name), manifest.spec)
     try:
-        index = ShardIndex.load(index_path(path))
+        lease = files.open(info)
+        report.path = path = lease.path
+        if not path.is_file():
+            raise DataError(f"{path}: listed in the manifest, but missing; copy the dataset again")
+        _open_index(report, info, manifest)
+        walk = TarWalk(path)
+        _walk(walk, manifest, report)
     except DataError as error:
-        problems.append(str(error))
-        return None
+        report.damage.append(str(error))
+        return report
+    report.num_bytes, report.sha256 = walk.num_bytes, walk.sha256
+    if walk.num_bytes != info.num_bytes:
+        report.damage.append(f"{path}: {walk.num_bytes} bytes, the manifest says {info.num_bytes}; copy it again")
+    elif walk.sha256 != info.sha256:
+        report.damage.append(f"{path}: its SHA-256 is not the manifest's; copy or write it again")
+    if walk.damage is not None:
+        report.is_broken = True
+        report.damage.append(f"{path}: the tar cannot be read after {len(report.keys)} samples ({walk.damage})")
+    if report.selected != info.num_samples:
+        report.damage.append(f"{path}: holds {report.selected} samples, the manifest says {info.num_samples}")
+    if report.index is not None:
+        disagreements = _compare_with_index(report, report.index)
+        report.index_agrees = not disagreements and not report.is_broken
+        report.index_problems += disagreements
+    return report
+
+
+def _open_index(report: ShardReport, info: ShardInfo, manifest: Manifest) -> None:
+    path = index_path(report.path)
+    try:
+        index = ShardIndex.load(path)
+    except DataError as error:
+        report.index_problems.append(str(error))
+        return
     selected = index.keys if manifest.selection is None else manifest.selection.rows(index.keys)
     if ShardInfo(info.name, len(selected), index.num_bytes, index.sha256) != info:
-        problems.append(f"{index_path(path)}: its sample count, size or checksum is not the manifest's")
-    if index.spec != manifest.spec:
-        problems.append(
-            f"{index_path(path)}: its spec differs from the manifest's ({index.spec.differences(manifest.spec)})"
-        )
-        return None
-    return index
+        report.index_problems.append(f"{path}: its sample count, size or checksum is not the manifest's")
+    if differences := index.spec.differences(manifest.spec):
+        report.index_problems.append(f"{path}: its spec differs from the manifest's ({differences})")
+    else:
+        report.index = index
 
 
 def _walk(walk: TarWalk, manifest: Manifest, report: ShardReport) -> None:
     spec, selection = manifest.spec, manifest.selection
     first_header: bytes | None = None
-    for number, member in enumerate(walk):
+    for member in walk:
         is_selected = selection is None or selection.rows([member.key]).size > 0
         report.selected += is_selected
         where = f"{report.path}: sample {member.key!r}"
-        offsets: dict[str, int] = {}
-        moments = None
         try:
             tensors, _ = read_sample(member, spec, where)
             length, offsets = parse_header(member.tensors, spec, where)
@@ -170,26 +150,26 @@ def _walk(walk: TarWalk, manifest: Manifest, report: ShardReport) -> None:
             if member.tensors[:length] != first_header:
                 raise DataError(f"{where}: its safetensors header is not that of the shard's other samples")
             moments = sample_moments(decode_all(tensors))
-            if is_selected:
-                report.selected_moments = merge_moments(report.selected_moments, moments)
         except DataError as error:
-            report.bad[number] = str(error)
-        report.found.add(member, {} if moments is None else offsets, moments)
+            report.bad.append(str(error))
+            report.found.add(member, {}, None)
+            continue
+        report.found.add(member, offsets, moments)
+        if is_selected:
+            report.selected_moments = merge_moments(report.selected_moments, moments)
 
 
 def _compare_with_index(report: ShardReport, index: ShardIndex) -> list[str]:
     path, problems = index_path(report.path), []
-    if report.keys != list(index.keys):
-        return [f"{path}: its keys are not those of the tar; `blip3o-ds data repair` rebuilds it"]
+    remedy = "`blip3o-ds data repair` rebuilds it"
+    if report.keys != index.keys:
+        return [f"{path}: its keys are not those of the tar; {remedy}"]
     differs = np.zeros(len(report.keys), dtype=bool)
     for name, listed in {**index.members, **index.tensors}.items():
         found = np.array(report.found.offsets[name])
         differs |= (found >= 0) & (found != listed)
-    for number in np.flatnonzero(differs).tolist():
-        problems.append(
-            f"{report.path}: sample {report.keys[number]!r}: the index points elsewhere; `blip3o-ds data repair` "
-            "rebuilds it"
-        )
+    for number in np.flatnonzero(differs):
+        problems.append(f"{report.path}: sample {report.keys[number]!r}: the index points elsewhere; {remedy}")
     for name, stored in index.moments.items():
         if report.found.moments[name].count == stored.count:
             problems += compare_stats(f"{path}: statistics of {name}", stored.to_stats(), report.found.moments[name])

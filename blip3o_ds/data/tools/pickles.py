@@ -36,13 +36,18 @@ def load_pickle(path: str | Path) -> Any:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            return _load(file, path)
+            is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+            file.seek(0)
+            if not is_zip:
+                content = _RestrictedUnpickler(file, path).load()
+                if type(content) is not int or content != _LEGACY_MAGIC:
+                    return content
+                file.seek(0)
+            return _torch_load(file, str(path))
     except DataError:
         raise
     except MemoryError as error:
         raise DataError(f"{path}: needs more memory than there is, or is damaged") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle fails in any way: end of file, index, type, Unicode
@@ -50,18 +55,6 @@ def load_pickle(path: str | Path) -> Any:
             f"{path}: not a readable pickle of tensors ({type(error).__name__}: {error}); if it is damaged or cut "
             "short, copy or write it again"
         ) from error
-
-
-def _load(file: BinaryIO, path: Path) -> Any:
-    start = file.read(len(_ZIP_MAGIC))
-    file.seek(0)
-    if start == _ZIP_MAGIC:
-        return _torch_load(file, str(path))
-    content = _RestrictedUnpickler(file, path).load()
-    if type(content) is int and content == _LEGACY_MAGIC:
-        file.seek(0)
-        return _torch_load(file, str(path))
-    return content
 
 
 def _torch_load(file: BinaryIO, where: str) -> Any:
@@ -105,7 +98,8 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda content: _storage_from_bytes(content, f"{self._path} (a tensor in it)")
+            # What torch itself puts here calls torch.load with weights_only=False, a pickle within the pickle.
+            return lambda content: _torch_load(io.BytesIO(content), f"{self._path} (a tensor in it)")
         admitted = _ADMITTED.get((module, name))
         if admitted is not None:
             return admitted
@@ -136,11 +130,6 @@ def _refusal(where: str, name: str) -> DataError:
         f"{where}: refused to load {name!r}: a shard may hold torch tensors, numpy arrays and plain containers only, "
         "since a pickle can run any code; write the shard again without it"
     )
-
-
-def _storage_from_bytes(content: bytes, where: str) -> Any:
-    # What torch itself puts here calls torch.load with weights_only=False, a pickle within the pickle.
-    return _torch_load(io.BytesIO(content), where)
 
 
 def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
@@ -192,10 +181,6 @@ def _plain(dtype: Any) -> np.dtype:
     return dtype.dtype
 
 
-def _empty_array(*_: Any) -> np.ndarray:
-    return _Array()
-
-
 def _array_from_buffer(content: Any, dtype: Any, shape: tuple, order: Any, *_: Any) -> np.ndarray:
     return np.frombuffer(content, dtype=_plain(dtype)).reshape(shape, order=order)
 
@@ -218,27 +203,22 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _admitted() -> dict[tuple[str, str], Callable[..., Any]]:
-    admitted: dict[tuple[str, str], Callable[..., Any]] = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("_codecs", "encode"): _encode_latin1,  # bytes in the protocols before 3
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch", "Size"): torch.Size,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-    }
-    for module in ("numpy.core", "numpy._core"):
-        admitted[module + ".multiarray", "_reconstruct"] = _empty_array
-        admitted[module + ".multiarray", "scalar"] = _numpy_scalar
-        admitted[module + ".numeric", "_frombuffer"] = _array_from_buffer
-    for module in ("builtins", "__builtin__"):
-        for kind in (set, frozenset, complex):
-            admitted[module, kind.__name__] = kind
-        admitted[module, "bytearray"] = _bytearray
-    return admitted
-
-
-_ADMITTED = _admitted()
+_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _encode_latin1,  # bytes in the protocols before 3
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch", "Size"): torch.Size,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+}
+for _module in ("numpy.core", "numpy._core"):
+    _ADMITTED[f"{_module}.multiarray", "_reconstruct"] = _Array
+    _ADMITTED[f"{_module}.multiarray", "scalar"] = _numpy_scalar
+    _ADMITTED[f"{_module}.numeric", "_frombuffer"] = _array_from_buffer
+for _module in ("builtins", "__builtin__"):
+    for _kind in (set, frozenset, complex):
+        _ADMITTED[_module, _kind.__name__] = _kind
+    _ADMITTED[_module, "bytearray"] = _bytearray
 
 # The same stand-ins for the restricted unpickler of torch, which knows tensors but no numpy arrays.
 _ADMITTED_BY_TORCH: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [

@@ -91,10 +91,9 @@ class _Repaired:
         """Take a shard as it is, with its index rebuilt, or as a copy; raises DataError where nothing can be done."""
         if not report.sha256:
             raise DataError(report.damage[0])
-        found, on_disk = (report.num_bytes, report.sha256), report.index
-        is_vouched = found == (info.num_bytes, info.sha256) or (
-            on_disk is not None and found == (on_disk.num_bytes, on_disk.sha256)
-        )
+        found = (report.num_bytes, report.sha256)
+        is_indexed = report.index is not None and found == (report.index.num_bytes, report.index.sha256)
+        is_vouched = is_indexed or found == (info.num_bytes, info.sha256)
         name = info.name
         is_repeating = len(set(report.keys)) < len(report.keys) or not self._keys.isdisjoint(report.keys)
         if report.bad or report.is_broken or is_repeating:
@@ -102,10 +101,11 @@ class _Repaired:
             if copy is None:
                 return
             index, name = copy, self.copies[-2].name
-            self._result.unvouched += 0 if is_vouched else len(index.keys)
+            if not is_vouched:
+                self._result.unvouched += len(index.keys)
         elif is_vouched:
             index = report.found.build(*found)
-            if not report.index_agrees or on_disk is None or found != (on_disk.num_bytes, on_disk.sha256):
+            if not (report.index_agrees and is_indexed):
                 self.indexes[index_path(report.path)] = index
         else:
             raise DataError(
@@ -122,8 +122,7 @@ class _Repaired:
         result.indexes_rebuilt = len(self.indexes)
         differ = [compare_stats(name, stats, self._moments[name]) for name, stats in manifest.stats.items()]
         if shards != manifest.shards or any(differ):
-            repaired = replace(manifest, shards=shards, stats=stats_of_moments(self._moments))
-            repaired.save(self._folder)
+            replace(manifest, shards=shards, stats=stats_of_moments(self._moments)).save(self._folder)
             result.manifest_rewritten = True
         for name in {info.name for info in manifest.shards} - {info.name for info in shards}:
             (self._folder / name).unlink(missing_ok=True)
@@ -164,8 +163,7 @@ class _Repaired:
 def _members(info: ShardInfo, report: ShardReport) -> Iterator[Member]:
     """The samples of a tar; where it breaks off, by its index if the manifest vouches for that."""
     index = report.index
-    is_vouched = index is not None and (index.num_bytes, index.sha256) == (info.num_bytes, info.sha256)
-    if not report.is_broken or index is None or not is_vouched:
+    if not report.is_broken or index is None or (index.num_bytes, index.sha256) != (info.num_bytes, info.sha256):
         yield from TarWalk(report.path)
         return
     with open(report.path, "rb") as file:
@@ -174,4 +172,4 @@ def _members(info: ShardInfo, report: ShardReport) -> Iterator[Member]:
             for kind in ("tensors", "meta"):
                 file.seek(int(index.members[f"{kind}_offset"][number]))
                 content.append(file.read(int(index.members[f"{kind}_size"][number])))
-            yield Member(key, content[0], 0, content[1], 0)
+            yield Member(key, tensors=content[0], meta=content[1])

@@ -27,7 +27,6 @@ from blip3o_ds.errors import DataError
 from blip3o_ds.progress import Progress
 
 _READ_THREADS = min(4, os.cpu_count() or 1)
-_Moments = dict[str, ChannelMoments]  # by tensor
 
 
 def split(location: str | Path, dst: str | Path, fraction: float) -> dict[str, Any]:
@@ -40,71 +39,57 @@ def split(location: str | Path, dst: str | Path, fraction: float) -> dict[str, A
     if not 0 < fraction < 1:
         raise DataError(f"fraction must lie between 0 and 1, found {fraction}")
     dataset = EmbeddingDataset(location)
-    if dataset.manifest.selection is not None:
-        raise DataError(f"{location}: a split already; split {dataset.manifest.selection.of} by another fraction")
-    folders = {part: Path(dst) / part for part in get_args(SplitPart)}
-    selections = {part: Selection(_reference(location, folder), fraction, part) for part, folder in folders.items()}
-    for part, folder in folders.items():
-        _check_free(folder, selections[part])
-    smaller: SplitPart = "eval" if fraction <= 0.5 else "train"
+    whole = dataset.manifest
+    if whole.selection is not None:
+        raise DataError(f"{location}: a split already; split {whole.selection.of} by another fraction")
+    selections: dict[str, Selection] = {}
+    for part in get_args(SplitPart):
+        folder = Path(dst) / part
+        of = str(location) if is_remote(location) else os.path.relpath(Path(location).resolve(), folder.resolve())
+        selections[part] = Selection(of, fraction, part)
+        if (folder / MANIFEST_NAME).exists() and Manifest.load(folder).selection != selections[part]:
+            raise DataError(f"{folder}: holds another dataset; remove it, or choose another folder")
+    smaller, larger = ("eval", "train") if fraction <= 0.5 else ("train", "eval")
     counts, moments = _read_part(dataset, selections[smaller])
     dataset.close()
-    manifests = _manifests(dataset.manifest, selections, smaller, counts, moments)
+    rest_counts = [info.num_samples - count for info, count in zip(whole.shards, counts, strict=True)]
+    rest = {name: total.without(moments[name]) for name, total in moments_of_stats(whole.stats).items()}
+    contents = {smaller: (counts, moments), larger: (rest_counts, rest)}
+    manifests = {part: _manifest(whole, selection, *contents[part]) for part, selection in selections.items()}
+    result: dict[str, Any] = {}
     for part, manifest in manifests.items():
-        folders[part].mkdir(parents=True, exist_ok=True)
-        manifest.save(folders[part])
-    return {
-        f"{part}_{name}": value
-        for part, manifest in manifests.items()
-        for name, value in (("samples", manifest.num_samples), ("shards", len(manifest.shards)))
-    }
+        folder = Path(dst) / part
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.save(folder)
+        result |= {f"{part}_samples": manifest.num_samples, f"{part}_shards": len(manifest.shards)}
+    return result
 
 
-def _reference(location: str | Path, folder: Path) -> str:
-    if is_remote(location):
-        return str(location)
-    return os.path.relpath(Path(location).resolve(), folder.resolve())
-
-
-def _check_free(folder: Path, selection: Selection) -> None:
-    if (folder / MANIFEST_NAME).exists() and Manifest.load(folder).selection != selection:
-        raise DataError(f"{folder}: holds another dataset; remove it, or choose another folder")
-
-
-def _read_part(dataset: EmbeddingDataset, selection: Selection) -> tuple[list[int], _Moments]:
+def _read_part(dataset: EmbeddingDataset, selection: Selection) -> tuple[list[int], dict[str, ChannelMoments]]:
     """How many samples of each shard are selected, and the moments of all of them."""
+
+    def read(shard: int) -> tuple[int, dict[str, ChannelMoments]]:
+        moments = no_moments(dataset.spec)
+        rows = selection.rows(dataset.keys(shard)).tolist()
+        for row in rows:
+            moments = merge_moments(moments, sample_moments(dataset.read(shard, row).tensors))
+        return len(rows), moments
+
     moments = no_moments(dataset.spec)
     counts = []
+    shards = range(len(dataset.shard_sizes))
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        shards = range(len(dataset.shard_sizes))
-        found = pool.map(lambda shard: _read_shard(dataset, shard, selection), shards)
-        for count, of_shard in Progress("split", len(shards), "shards").over(found):
+        for count, of_shard in Progress("split", len(shards), "shards").over(pool.map(read, shards)):
             counts.append(count)
             moments = merge_moments(moments, of_shard)
     return counts, moments
 
 
-def _read_shard(dataset: EmbeddingDataset, shard: int, selection: Selection) -> tuple[int, _Moments]:
-    moments = no_moments(dataset.spec)
-    rows = selection.rows(dataset.keys(shard)).tolist()
-    for row in rows:
-        moments = merge_moments(moments, sample_moments(dataset.read(shard, row).tensors))
-    return len(rows), moments
-
-
-def _manifests(
-    whole: Manifest, selections: dict[SplitPart, Selection], smaller: SplitPart, counts: list[int], moments: _Moments
-) -> dict[SplitPart, Manifest]:
-    rest = {name: total.without(moments[name]) for name, total in moments_of_stats(whole.stats).items()}
-    manifests: dict[SplitPart, Manifest] = {}
-    for part, selection in selections.items():
-        sizes = counts if part == smaller else [s.num_samples - c for s, c in zip(whole.shards, counts, strict=True)]
-        if sum(sizes) == 0:
-            raise DataError(
-                f"a fraction of {selection.fraction} leaves no sample of {whole.num_samples} in {part}; choose one "
-                "nearer to a half"
-            )
-        shards = [replace(s, num_samples=n) for s, n in zip(whole.shards, sizes, strict=True) if n]
-        own = moments if part == smaller else rest
-        manifests[part] = Manifest(whole.spec, tuple(shards), stats_of_moments(own), whole.extra, selection)
-    return manifests
+def _manifest(whole: Manifest, selection: Selection, counts: list[int], moments: dict[str, ChannelMoments]) -> Manifest:
+    if sum(counts) == 0:
+        raise DataError(
+            f"a fraction of {selection.fraction} leaves no sample of {whole.num_samples} in {selection.part}; choose "
+            "one nearer to a half"
+        )
+    shards = tuple(replace(info, num_samples=n) for info, n in zip(whole.shards, counts, strict=True) if n)
+    return Manifest(whole.spec, shards, stats_of_moments(moments), whole.extra, selection)

@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_ds.data.format.manifest import ChannelStats
+from blip3o_ds.data.format.manifest import ChannelStats, Manifest
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.source import load_manifest
 from blip3o_ds.errors import DataError
-
-_FIRST_KEYS = 10
 
 
 def stats(dataset_dir: str | Path) -> dict[str, Any]:
@@ -37,7 +35,7 @@ def stats(dataset_dir: str | Path) -> dict[str, Any]:
         "bytes": sum(info.num_bytes for info in manifest.shards),
         **spec.to_dict(),
         **{name: _summary(stats) for name, stats in manifest.stats.items()},
-        **({"selection": asdict(manifest.selection)} if manifest.selection else {}),
+        **_selection(manifest),
         "extra": manifest.extra,
     }
 
@@ -45,23 +43,26 @@ def stats(dataset_dir: str | Path) -> dict[str, Any]:
 def inspect(dataset_dir: str | Path, key: str | None = None) -> dict[str, Any]:
     """The specification and first keys of a dataset; or, with `key`, that sample's shapes, norms and metadata."""
     dataset = EmbeddingDataset(dataset_dir)
+    shards = dataset.manifest.shards
     if key is None:
         return {
             "spec": dataset.spec.to_dict(),
-            **({"selection": asdict(dataset.manifest.selection)} if dataset.manifest.selection else {}),
+            **_selection(dataset.manifest),
             "samples": len(dataset),
-            "shards": [asdict(info) for info in dataset.manifest.shards],
-            "first_keys": [dataset.key(0, i) for i in range(min(_FIRST_KEYS, dataset.shard_sizes[0]))],
+            "shards": [asdict(info) for info in shards],
+            "first_keys": dataset.keys(0)[:10],
         }
-    shard, index = _find(dataset, key)
-    sample = dataset.read(shard, index)
-    return {
-        "key": key,
-        "shard": dataset.manifest.shards[shard].name,
-        "index": index,
-        **{name: _describe(values) for name, values in sample.tensors.items()},
-        "meta": dataset.meta(shard, index),
-    }
+    for shard, info in enumerate(shards):
+        if key in (keys := dataset.keys(shard)):
+            index = keys.index(key)
+            tensors = dataset.read(shard, index).tensors
+            described = {name: _describe(values) for name, values in tensors.items()}
+            return {"key": key, "shard": info.name, "index": index, **described, "meta": dataset.meta(shard, index)}
+    raise DataError(f"{dataset.location}: no sample has the key {key!r}; its first key is {dataset.key(0, 0)!r}")
+
+
+def _selection(manifest: Manifest) -> dict[str, Any]:
+    return {"selection": asdict(manifest.selection)} if manifest.selection else {}
 
 
 def _summary(stats: ChannelStats) -> dict[str, float]:
@@ -73,14 +74,6 @@ def _summary(stats: ChannelStats) -> dict[str, float]:
         "std_max": float(std.max()),
         "rms_token_norm": math.sqrt(float((stats.var + np.square(stats.mean)).sum())),
     }
-
-
-def _find(dataset: EmbeddingDataset, key: str) -> tuple[int, int]:
-    for shard in range(len(dataset.manifest.shards)):
-        keys = dataset.keys(shard)
-        if key in keys:
-            return shard, keys.index(key)
-    raise DataError(f"{dataset.location}: no sample has the key {key!r}; its first key is {dataset.key(0, 0)!r}")
 
 
 def _describe(values: Tensor) -> dict[str, Any]:
