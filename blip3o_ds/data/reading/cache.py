@@ -122,7 +122,11 @@ class ShardCache:
         for files in sorted(filter(None, shards), key=lambda files: max(found.st_mtime for found in files.values())):
             if total <= wanted:
                 break
-            if _evict(files):
+            folder = next(iter(files)).parent
+            with contextlib.suppress(BlockingIOError), FileLock(folder / "in_use.lock", wait=False):
+                for path in files:
+                    path.unlink(missing_ok=True)
+                logger.info("evicted %s (%.2f GiB)", folder, _num_bytes(files) / _GIB)
                 total -= _num_bytes(files)
         return total
 
@@ -138,19 +142,6 @@ def _files(folder: Path) -> dict[Path, os.stat_result]:
 
 def _num_bytes(files: dict[Path, os.stat_result]) -> int:
     return sum(found.st_size for found in files.values())
-
-
-def _evict(files: dict[Path, os.stat_result]) -> bool:
-    folder = next(iter(files)).parent
-    try:
-        lock = FileLock(folder / "in_use.lock", wait=False)
-    except BlockingIOError:
-        return False
-    with lock:
-        for path in files:
-            path.unlink(missing_ok=True)
-    logger.info("evicted %s (%.2f GiB)", folder, _num_bytes(files) / _GIB)
-    return True
 
 
 def _check_index(content: bytes, part: Path, info: ShardInfo) -> None:
@@ -221,7 +212,13 @@ class Prefetcher:
                     return
                 info = self._queue.popleft()
                 self._busy.add(info.sha256)
-            lease, full = self._get(info)
+            lease, is_full = None, False
+            try:
+                lease = self._cache.get(self._remote, info, share=_PREFETCH_SHARE)
+            except CacheFull:
+                is_full = True
+            except DataError as error:
+                logger.warning("reading ahead failed, and is tried again when the shard is needed: %s", error)
             with self._changed:
                 self._busy.discard(info.sha256)
                 wanted = info.sha256 in self._wanted and not self._closed
@@ -229,15 +226,6 @@ class Prefetcher:
                     self._held[info.sha256] = lease
                 elif lease is not None:
                     lease.close()
-                elif full and wanted:
+                elif is_full and wanted:
                     self._queue.appendleft(info)
                     self._changed.wait(_RETRY_SECONDS)
-
-    def _get(self, info: ShardInfo) -> tuple[ShardLease | None, bool]:
-        try:
-            return self._cache.get(self._remote, info, share=_PREFETCH_SHARE), False
-        except CacheFull:
-            return None, True
-        except DataError as error:
-            logger.warning("reading ahead failed, and is tried again when the shard is needed: %s", error)
-            return None, False
