@@ -27,8 +27,7 @@ __all__ = ["DiT", "evaluate", "load_dataset", "load_pretrained", "sample"]
 def load_dataset(folder: str | Path, token_layout: TokenLayout | None = None) -> EmbeddingDataset:
     """The dataset in `folder` or behind a URL; `token_layout="patch_only"` drops stored CLS tokens.
 
-    Raises:
-        DataError: it is not a dataset, or has no CLS token for `cls_patch`.
+    Raises DataError if it is not a dataset, or has no CLS token for `cls_patch`.
     """
     return EmbeddingDataset(folder, token_layout=token_layout)
 
@@ -36,15 +35,9 @@ def load_dataset(folder: str | Path, token_layout: TokenLayout | None = None) ->
 def sample(pretrained: Pretrained, eva: Tensor, indices: Sequence[int] | None = None, **sampler: Any) -> Tensor:
     """Generate a CLIP embedding for each EVA embedding: `[B, N, De]` -> `[B, N, Dc]` fp32, on the CPU.
 
-    Both are in the space of the stored embeddings; with normalisation `full` the result has unit norm.
-
-    Args:
-        indices: `[B]` numbers that choose the noise of each image, 0 to B-1 by default. Image i of a dataset gets the
-            same noise here as in `blip3o-ds generate`.
-        sampler: `steps`, `solver`, `guidance_scale`, `seed`.
-
-    Raises:
-        ConfigError: a setting of the sampler is not valid.
+    Both are in the space of the stored embeddings; with normalisation `full` the result has unit norm. The `[B]`
+    `indices` (by default 0 to B-1) choose the noise: image i of a dataset gets the same as in `blip3o-ds generate`.
+    `sampler` is any of `steps`, `solver`, `guidance_scale` and `seed`; ConfigError for a value that is not valid.
     """
     positions = torch.tensor(range(len(eva)) if indices is None else indices, dtype=torch.int64)
     settings = _settings(pretrained, sampler=sampler)
@@ -56,16 +49,8 @@ def evaluate(
 ) -> EvalResult:
     """Generate the embeddings of `dataset` and compare them with the true ones, next to two baselines.
 
-    Args:
-        max_samples: evaluate only this many samples, spread evenly over the dataset; all by default.
-        sampler: `steps`, `solver`, `guidance_scale`, `seed`.
-
-    Returns:
-        `readings[reading][metric]`, and what they were computed from.
-
-    Raises:
-        ConfigError: a setting is not valid.
-        DataError: the dataset is empty.
+    The result holds `readings[reading][metric]`, and what they were computed from: `max_samples` samples (all by
+    default), spread evenly over the dataset. `sampler` is as in `sample`. Raises DataError for an empty dataset.
     """
     return report.evaluate(pretrained, dataset, _settings(pretrained, sampler=sampler, max_samples=max_samples))
 

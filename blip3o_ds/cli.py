@@ -18,16 +18,17 @@ from blip3o_ds.commands.training import add_training_commands
 from blip3o_ds.errors import Blip3oError, ConfigError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
-    args = build_parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
+    """Run one command, by default of `blip3o-ds`, and return its exit status."""
+    parser = parser or build_parser()
+    args = parser.parse_args(arguments)
     if args.command != "train":  # which has its own logging
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     json_wanted = args.json and int(os.environ.get("RANK", 0)) == 0
     try:
         result = args.run(args)
     except (Blip3oError, OSError) as error:  # an OSError's message (no space, no permission) names the file
-        print(f"blip3o-ds: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         if json_wanted:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}), flush=True)
         return 2 if isinstance(error, ConfigError) else 1

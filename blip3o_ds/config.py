@@ -6,9 +6,9 @@ This module imports nothing heavy: the resolved `RunConfig` is passed on as valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -18,8 +18,9 @@ from blip3o_ds.settings import Section, Settings, flatten, nearest, parse_overri
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 
-FLOW = "blip3o_ds.flow"  # the modules with the tables that names are looked up in
+FLOW, OPTIM = "blip3o_ds.flow", "blip3o_ds.training.optim"  # where the tables are that names are looked up in
 TokenLayout = Literal["patch_only", "cls_patch"]
+OnDamage = Literal["error", "skip"]  # either is reported
 
 
 class ModelConfig(Section):
@@ -29,15 +30,13 @@ class ModelConfig(Section):
     clip_dim: int = setting(1024, "width of the generated patch embeddings", from_data=True, ge=1)
     grid_size: int = setting(16, "patches along one side of the image", from_data=True, ge=1)
     token_layout: TokenLayout = setting(
-        "patch_only",
-        "tokens of an image: its patches, or with cls_patch the CLS token before them",
-        flag="--training_mode",
+        "patch_only", "tokens of an image: the patches; cls_patch has the CLS token before them", flag="--training_mode"
     )
-    hidden_size: int = setting(768, "width of the DiT", aliases=("dim", "width", "d_model"), ge=2)
-    num_layers: int = setting(12, "DiT blocks", aliases=("layers", "depth"), ge=1)
-    num_heads: int = setting(12, "query heads of an attention layer", aliases=("heads",), ge=1)
-    num_kv_heads: int = setting(4, "key and value heads; divides num_heads", aliases=("kv_heads",), ge=1)
-    ffn_dim: int = setting(3072, "inner width of the SwiGLU layer", aliases=("intermediate_size", "mlp_dim"), ge=1)
+    hidden_size: int = setting(768, "width of the DiT", aliases="dim width d_model", ge=2)
+    num_layers: int = setting(12, "DiT blocks", aliases="layers depth", ge=1)
+    num_heads: int = setting(12, "query heads of an attention layer", aliases="heads", ge=1)
+    num_kv_heads: int = setting(4, "key and value heads; divides num_heads", aliases="kv_heads", ge=1)
+    ffn_dim: int = setting(3072, "inner width of the SwiGLU layer", aliases="intermediate_size mlp_dim", ge=1)
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", gt=0)
     cross_attention_rope: bool = setting(True, "rotate queries and keys of cross-attention too: both grids are equal")
     norm_eps: float = setting(1e-6, "epsilon of every RMSNorm", gt=0)
@@ -67,8 +66,8 @@ class ModelConfig(Section):
                 )
         if self.head_dim % 2:
             raise ValueError(
-                f"model.hidden_size / model.num_heads = {self.head_dim} is odd, and rotary positions rotate pairs of "
-                "channels; choose them so that the head dimension is even"
+                f"model.hidden_size / model.num_heads = {self.head_dim} must be even: rotary positions rotate pairs of "
+                "channels"
             )
         if self.timestep_embed_dim % 2:
             raise ValueError(f"model.timestep_embed_dim = {self.timestep_embed_dim} must be even (sines and cosines)")
@@ -84,11 +83,9 @@ class FlowConfig(Section):
     timestep_law: str = setting("uniform", "distribution of t in training", table=f"{FLOW}.timesteps:TIMESTEP_LAWS")
     logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")
     logit_std: float = setting(1.0, "standard deviation of logit(t), for logit_normal", gt=0)
-    timestep_shift: float = setting(
-        1.0, "above 1, training and sampling spend more steps near the noise", aliases=("shift",), gt=0
-    )
+    timestep_shift: float = setting(1.0, "above 1: more training and sampling near the noise", aliases="shift", gt=0)
     cond_dropout: float = setting(
-        0.1, "share of samples trained without condition, for guidance", aliases=("dropout", "cfg_dropout"), ge=0, lt=1
+        0.1, "share of samples trained without condition, for guidance", aliases="dropout cfg_dropout", ge=0, lt=1
     )
     min_time_to_data: float = setting(0.05, "floor of 1-t in the velocity that the loss compares", gt=0, lt=1)
 
@@ -99,7 +96,7 @@ class SamplerConfig(Section):
     steps: int = setting(25, "steps of the solver", may_change=True, ge=1)
     solver: str = setting("euler", "solver of the ODE", table=f"{FLOW}.solvers:SOLVERS", may_change=True)
     guidance_scale: float = setting(
-        1.0, "classifier-free guidance; 1 is none", aliases=("guidance", "cfg", "cfg_scale"), may_change=True, ge=0
+        1.0, "classifier-free guidance; 1 is none", aliases="guidance cfg cfg_scale", may_change=True, ge=0
     )
     seed: int = setting(0, "seed of the noise", may_change=True, ge=0)
 
@@ -108,16 +105,10 @@ class DataConfig(Section):
     """What is read, and in which order."""
 
     train_dir: str | None = setting(
-        None,
-        "the training set: a folder or URL with a manifest.json",
-        flag="--chunked_embeddings_dir DIR",
-        aliases=("data", "data_dir", "dataset"),
+        None, "the training set, a folder or URL", flag="--chunked_embeddings_dir DIR", aliases="data data_dir dataset"
     )
     eval_dirs: tuple[str, ...] = setting(
-        (),
-        "held-out sets, folders or URLs; each is named by the last part of its path",
-        aliases=("eval_dir", "val_dir", "val_dirs"),
-        may_change=True,
+        (), "held-out sets, each named by its path's last part", aliases="eval_dir val_dir val_dirs", may_change=True
     )
     normalization: Literal["minimal", "full", "standardize"] = setting(
         "minimal",
@@ -126,122 +117,93 @@ class DataConfig(Section):
     )
     max_shards: int | None = setting(None, "use only the first N shards", flag="--max_shards N", ge=1)
     window_shards: int = setting(16, "samples are shuffled within a window of this many shuffled shards", ge=1)
-    prefetch_steps: int = setting(2, "steps that are read ahead", aliases=("prefetch",), may_change=True, ge=1)
-    cache_dir: str | None = setting(
-        None, "where shards of a URL are kept on the node; in the temporary folder if null", may_change=True
+    prefetch_steps: int = setting(2, "steps that are read ahead", aliases="prefetch", may_change=True, ge=1)
+    cache_dir: str | None = setting(None, "folder for shards of a URL; null: in the temporary one", may_change=True)
+    cache_gb: float = setting(100.0, "limit of cache_dir in GiB; two windows of shards at least", may_change=True, gt=0)
+    on_bad_sample: OnDamage = setting(
+        "error", "skip: replace a damaged sample by one of its shard", may_change=True
     )
-    cache_gb: float = setting(
-        100.0, "limit of cache_dir in GiB; should hold two windows of shards", may_change=True, gt=0
-    )
-    on_bad_sample: Literal["error", "skip"] = setting(
-        "error", "skip: replace a damaged sample by another one of its shard, and report it", may_change=True
-    )
-    on_bad_shard: Literal["error", "skip"] = setting(
-        "error", "skip: replace the samples of a damaged shard by those of another, and report it", may_change=True
-    )
+    on_bad_shard: OnDamage = setting("error", "skip: replace a damaged shard's samples by another's", may_change=True)
 
 
 class TrainConfig(Section):
     """Optimisation, its precision, and what is written when."""
 
-    output_dir: str | None = setting(
-        None, "the folder in which run folders are made", flag="--output_dir DIR", may_change=True
-    )
+    output_dir: str | None = setting(None, "where run folders are made", flag="--output_dir DIR", may_change=True)
     num_epochs: int | None = setting(
         None,
         "length of the run in epochs; 10 if max_steps is null too",
         flag="--num_epochs N",
-        aliases=("epochs", "max_epochs"),
+        aliases="epochs max_epochs",
         excludes="train.max_steps",
         ge=1,
     )
     max_steps: int | None = setting(
-        None,
-        "length of the run in optimizer steps",
-        aliases=("steps", "num_steps", "iterations"),
-        excludes="train.num_epochs",
-        ge=1,
+        None, "length of the run in steps", aliases="steps num_steps iterations", excludes="train.num_epochs", ge=1
     )
     micro_batch_size: int = setting(
-        8,
-        "samples per rank and forward pass",
-        flag="--batch_size N",
-        aliases=("batch_size", "batch", "bs"),
-        may_change=True,
-        ge=1,
+        8, "samples per rank and pass", flag="--batch_size N", aliases="batch_size batch bs", may_change=True, ge=1
     )
     gradient_accumulation_steps: int = setting(
         1,
         "micro-batches per optimizer step; the global batch is micro_batch_size times this times the ranks",
-        aliases=("accumulation", "grad_accum", "accumulation_steps"),
+        aliases="accumulation grad_accum accumulation_steps",
         may_change=True,
         ge=1,
     )
-    optimizer: str = setting("adamw", "optimizer", table="blip3o_ds.training.optim:OPTIMIZERS", aliases=("optim",))
-    learning_rate: float = setting(5e-4, "peak of the learning rate", flag="--learning_rate X", aliases=("lr",), gt=0)
+    optimizer: str = setting("adamw", "optimizer", table=f"{OPTIM}:OPTIMIZERS", aliases="optim")
+    learning_rate: float = setting(5e-4, "peak of the learning rate", flag="--learning_rate X", aliases="lr", gt=0)
     schedule: str = setting(
-        "cosine",
-        "learning rate after the warmup",
-        table="blip3o_ds.training.optim:SCHEDULES",
-        aliases=("lr_schedule", "scheduler"),
+        "cosine", "learning rate after the warmup", table=f"{OPTIM}:SCHEDULES", aliases="lr_schedule scheduler"
     )
-    min_lr_ratio: float = setting(
-        0.1, "the learning rate ends at this share of its peak", aliases=("min_lr",), ge=0, le=1
-    )
-    warmup_steps: int = setting(100, "steps in which the learning rate rises to its peak", aliases=("warmup",), ge=0)
-    weight_decay: float = setting(
-        0.01, "of matrices; norms, biases and other vectors have none", aliases=("wd", "decay"), ge=0
-    )
-    adam_beta1: float = setting(0.9, "decay of Adam's first moment", aliases=("beta1", "betas"), ge=0, lt=1)
-    adam_beta2: float = setting(0.95, "decay of Adam's second moment", aliases=("beta2",), ge=0, lt=1)
-    adam_eps: float = setting(1e-8, "epsilon of Adam", aliases=("eps", "epsilon"), gt=0)
+    min_lr_ratio: float = setting(0.1, "the learning rate ends at this share of its peak", aliases="min_lr", ge=0, le=1)
+    warmup_steps: int = setting(100, "steps in which the learning rate rises to its peak", aliases="warmup", ge=0)
+    weight_decay: float = setting(0.01, "of matrices; norms, biases, vectors have none", aliases="wd decay", ge=0)
+    adam_beta1: float = setting(0.9, "decay of Adam's first moment", aliases="beta1 betas", ge=0, lt=1)
+    adam_beta2: float = setting(0.95, "decay of Adam's second moment", aliases="beta2", ge=0, lt=1)
+    adam_eps: float = setting(1e-8, "epsilon of Adam", aliases="eps epsilon", gt=0)
     max_grad_norm: float = setting(
-        1.0, "the gradient is clipped to this norm", aliases=("grad_clip", "clip_grad", "gradient_clipping"), gt=0
+        1.0, "the gradient is clipped to this norm", aliases="grad_clip clip_grad gradient_clipping", gt=0
     )
     precision: Literal["bf16", "fp16", "fp32"] = setting(
-        "bf16", "of forward and backward; fp16 has loss scaling", aliases=("dtype", "mixed_precision", "bf16", "fp16")
+        "bf16", "of forward and backward; fp16 has loss scaling", aliases="dtype mixed_precision bf16 fp16"
     )
     activation_checkpointing: bool = setting(
         False,
         "recompute activations in the backward pass: less memory, a third more work",
-        aliases=("gradient_checkpointing", "checkpointing"),
+        aliases="gradient_checkpointing checkpointing",
         may_change=True,
     )
     deepspeed_config: str | None = setting(
         None,
         "DeepSpeed JSON file, ready ones in ds_configs/; ZeRO-2 if null",
         flag="--deepspeed_config FILE",
-        aliases=("deepspeed", "ds_config"),
+        aliases="deepspeed ds_config",
         may_change=True,
     )
-    ema_decay: float = setting(0.999, "decay of the weights' moving average; 0: none", aliases=("ema",), ge=0, lt=1)
+    ema_decay: float = setting(0.999, "decay of the weights' moving average; 0: none", aliases="ema", ge=0, lt=1)
     seed: int = setting(0, "seed of initialisation, sample order and noise", ge=0)
     timeout_seconds: float = setting(
-        600.0, "a rank that waits this long for another ends the run", aliases=("timeout",), may_change=True, gt=0
+        600.0, "a rank that waits this long for another ends the run", aliases="timeout", may_change=True, gt=0
     )
-    max_skipped_steps: int = setting(
-        0, "non-finite steps in a row that are skipped before the run rolls back", may_change=True, ge=0
-    )
-    max_rollbacks: int = setting(
-        1, "rollbacks to the last checkpoint before the run stops", aliases=("rollbacks",), may_change=True, ge=0
-    )
-    overfit_test_size: int | None = setting(
-        None, "train and evaluate only on the first N samples", flag="--overfit_test_size N", ge=1
-    )
+    max_skipped_steps: int = setting(0, "non-finite steps skipped in a row before a rollback", may_change=True, ge=0)
+    max_rollbacks: int = setting(1, "rollbacks before the run stops", aliases="rollbacks", may_change=True, ge=0)
+    overfit_test_size: int | None = setting(None, "use only the first N samples", flag="--overfit_test_size N", ge=1)
     debug_mode: bool = setting(
-        False,
-        "log gradient norms by block and loss by timestep",
-        flag="--debug_mode",
-        aliases=("debug",),
-        may_change=True,
+        False, "log gradient norms by block and loss by timestep", flag="--debug_mode", aliases="debug", may_change=True
     )
     log_every: int = setting(10, "steps between lines of metrics", may_change=True, ge=1)
     eval_every: int = setting(500, "steps between evaluations; 0: only at the end", may_change=True, ge=0)
     save_every: int = setting(500, "steps between checkpoints; 0: only at the end", may_change=True, ge=0)
     keep_last: int = setting(3, "newest checkpoints that are kept", may_change=True, ge=1)
-    keep_every: int | None = setting(
-        None, "checkpoints of steps that this number divides are never deleted", may_change=True, ge=1
-    )
+    keep_every: int | None = setting(None, "checkpoints at multiples of it are never deleted", may_change=True, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if None not in (self.num_epochs, self.max_steps):
+            both = f"train.num_epochs = {self.num_epochs} and train.max_steps = {self.max_steps}"
+            raise ValueError(f"{both} exclude each other; set one of them to null")
+        return self
 
     def global_batch(self, world_size: int) -> int:
         """Samples of one step, over all ranks."""
@@ -253,10 +215,7 @@ class EvalConfig(Section):
 
     sampler: SamplerConfig = SamplerConfig()
     max_samples: int | None = setting(
-        256,
-        "samples of each set that are evaluated; the evaluation at the end of a run takes all",
-        may_change=True,
-        ge=1,
+        256, "samples of each set that are evaluated during a run; at its end it is all", may_change=True, ge=1
     )
     batch_size: int = setting(16, "samples generated at once", may_change=True, ge=1)
 
@@ -273,9 +232,6 @@ class RunConfig(Section):
 
 SETTINGS = Settings(RunConfig)
 
-# The planner owns it and is built on this module, so `__getattr__` fetches it when somebody asks for it here.
-get_memory_optimized_config: Callable[..., tuple[str, ModelConfig, float]]
-
 
 def preset_names() -> list[str]:
     """The names that `--model_size` takes."""
@@ -290,25 +246,16 @@ def load_run_config(
 ) -> RunConfig:
     """Resolve a run's settings: preset, then YAML file, then flags, then `section.key=value` overrides.
 
-    Pydantic's `model_fields_set` of each section tells afterwards which settings were given.
-
-    Args:
-        preset: None to state only what the other layers give, on top of a run that is resumed.
-        flags: dotted names to typed values; None is a flag that was not given.
-
-    Raises:
-        ConfigError: naming the field, its value, what is expected, and the nearest valid name.
+    Pydantic's `model_fields_set` of each section tells afterwards which settings were given. A resumed run needs no
+    preset; a flag that is None was not given. A ConfigError names the field, its value, what is expected, and the
+    nearest valid name.
     """
-    return build_run_config(
-        SETTINGS.merge(
-            [
-                _load_preset(preset) if preset else {},
-                _load_yaml(Path(config_file)) if config_file is not None else {},
-                {name: value for name, value in (flags or {}).items() if value is not None},
-                *map(parse_override, overrides),
-            ]
-        )
-    )
+    if preset and preset not in preset_names():
+        raise ConfigError(f"model size {preset!r} is unknown{nearest(preset, preset_names())}")
+    files = [PRESETS_DIR / f"{preset}.yaml"] if preset else []
+    files += [Path(config_file)] if config_file is not None else []
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    return build_run_config(SETTINGS.merge([*map(_load_yaml, files), given, *map(parse_override, overrides)]))
 
 
 def build_run_config(settings: dict[str, Any]) -> RunConfig:
@@ -322,19 +269,31 @@ def build_run_config(settings: dict[str, Any]) -> RunConfig:
 def get_blip3o_clip_config(
     model_size: str = "base", training_mode: str = "patch_only", **model_fields: Any
 ) -> ModelConfig:
-    """The `ModelConfig` of a preset, with any of its fields replaced.
-
-    Raises:
-        ConfigError: the preset, a field or a value is not valid.
-    """
+    """The `ModelConfig` of a preset, with any of its fields replaced; raises ConfigError for one that is not valid."""
     flags = {"model.token_layout": training_mode, **{f"model.{name}": value for name, value in model_fields.items()}}
     return load_run_config(model_size, flags=flags).model
 
 
-def _load_preset(name: str) -> dict[str, Any]:
-    if name not in preset_names():
-        raise ConfigError(f"model size {name!r} is unknown{nearest(name, preset_names())}")
-    return _load_yaml(PRESETS_DIR / f"{name}.yaml")
+def get_memory_optimized_config(
+    available_memory_gb: float, training_mode: str = "patch_only", batch_size: int = 32
+) -> tuple[str, ModelConfig, float]:
+    """The preset with the most parameters whose training step fits on one GPU: `(model_size, config, memory_gb)`.
+
+    The step is ZeRO-2 on one GPU in bf16 with a moving average; activations are recomputed only if it does not fit
+    otherwise. Raises ConfigError if not even the smallest preset fits.
+    """
+    from blip3o_ds.planning.memory import count_parameters, smallest_need  # which import torch
+
+    configs = [(name, get_blip3o_clip_config(name, training_mode)) for name in preset_names() if name != "demo"]
+    configs.sort(key=lambda item: count_parameters(item[1]), reverse=True)
+    for name, config in configs:
+        need = smallest_need(config, batch_size, available_memory_gb)
+        if need <= available_memory_gb:
+            return name, config, need
+    raise ConfigError(
+        f"no preset fits {available_memory_gb:g} GiB at batch size {batch_size}: the smallest, {name}, needs "
+        f"{need:.1f} GiB; lower the batch size"
+    )
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -348,13 +307,3 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)}), found {settings!r}")
     return flatten(settings)
-
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name == "get_memory_optimized_config":
-            from blip3o_ds.planning import memory
-
-            return memory.get_memory_optimized_config
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,8 +4,6 @@ Each message names the file, key or field, what was expected, what was found, an
 prints it as one line, without a traceback.
 """
 
-from __future__ import annotations
-
 
 class Blip3oError(Exception):
     """Base class of these errors; the command line exits with status 1."""

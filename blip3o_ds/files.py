@@ -45,16 +45,14 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
 
 def atomic_write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON; NaN and infinity are refused, since JSON cannot express them."""
-    text = json.dumps(content, indent=2, allow_nan=False)
-    atomic_write_bytes(path, (text + "\n").encode())
+    atomic_write_bytes(path, json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder to fill; it appears under the name `path` only when the block ends without an error.
 
-    Raises:
-        FileExistsError: something is at `path` already, other than an empty folder.
+    Raises FileExistsError if something is at `path` already, other than an empty folder.
     """
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -89,9 +87,7 @@ def read_json(path: str | Path, error: type[Blip3oError] = DataError, remedy: st
     return parse_json(content, path, error, remedy)
 
 
-def parse_json(
-    content: bytes, source: str | Path, error: type[Blip3oError] = DataError, remedy: str = "write it again"
-) -> dict[str, Any]:
+def parse_json(content: bytes, source: str | Path, error: type[Blip3oError], remedy: str) -> dict[str, Any]:
     """The JSON object in `content`, which was read from the file or URL `source`."""
     try:
         found = json.loads(content)
@@ -146,21 +142,18 @@ class FileLock:
     """A lock on the file `path`, held until `release`, the end of the process, or until nobody refers to this object.
 
     The file is created if needed and never removed: a process that waits for a removed file and one that creates it
-    again would both hold the lock. On a network file system the other hosts see the lock.
-
-    Raises:
-        BlockingIOError: `wait` is false and another process holds the lock.
-        OSError: the file cannot be created, or its file system has no locks.
+    again would both hold the lock. On a network file system the other hosts see the lock. Raises BlockingIOError if
+    `wait` is false and another process holds the lock, OSError if the file system has no locks.
     """
 
     def __init__(self, path: str | Path, *, shared: bool = False, wait: bool = True) -> None:
         self._descriptor: int | None = None
         self._owner = os.getpid()
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while self._descriptor is None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, kind)
                 if _is_same_file(descriptor, path):  # unless a user removed it between the two calls
                     self._descriptor = descriptor
             finally:

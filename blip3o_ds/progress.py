@@ -51,7 +51,12 @@ class Progress:
             rate = (done - self._start) / (now - self._began)
             detail = detail or f"{done} of {self._total} {self._unit}, {rate:.3g}/s"
             left = format_duration((self._total - done) / rate) if rate > 0 else "unknown time"
-            self._report(f"{self._what}: {detail}, {left} left")
+            text = f"{self._what}: {detail}, {left} left"
+            if self._is_live:
+                sys.stderr.write(_CLEAR_LINE + text[: shutil.get_terminal_size().columns - 1])
+                sys.stderr.flush()
+            else:
+                logger.info("%s", text)
 
     def end(self) -> None:
         """Remove the line on the terminal."""
@@ -65,13 +70,6 @@ class Progress:
     def seconds_left(self, done: float) -> float:
         """The time that the rest will take at the rate so far; `done` is more than was done at the start."""
         return (time.monotonic() - self._began) / (done - self._start) * (self._total - done)
-
-    def _report(self, text: str) -> None:
-        if self._is_live:
-            sys.stderr.write(_CLEAR_LINE + text[: shutil.get_terminal_size().columns - 1])
-            sys.stderr.flush()
-        else:
-            logger.info("%s", text)
 
 
 def format_duration(seconds: float) -> str:

@@ -14,43 +14,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from typing_extensions import Self
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blip3o_ds.errors import ConfigError
 
 NEAR = 0.75  # difflib's ratio from which two names are near enough for a suggestion
-
-
-def setting(
-    default: Any,
-    meaning: str,
-    *,
-    flag: str | None = None,
-    table: str | None = None,
-    aliases: Sequence[str] = (),
-    excludes: str | None = None,
-    may_change: bool = False,
-    from_data: bool = False,
-    **limits: Any,
-) -> Any:
-    """A pydantic field that states everything about a setting.
-
-    Args:
-        flag: of `train`, as its help shows it: `--batch_size N`.
-        table: where the names that it can have are keys: `blip3o_ds.flow.solvers:SOLVERS`.
-        aliases: other names that people try, for the suggestion in an error.
-        excludes: the dotted name of another setting of the section: only one of the two can have a value.
-        may_change: a resumed run may have another value.
-        from_data: if it is not given, the training set decides; the default is what the planner assumes.
-        limits: pydantic's `ge`, `gt`, `le`, `lt`.
-    """
-    facts: dict[str, Any] = {"flag": flag, "table": table, "aliases": list(aliases), "excludes": excludes}
-    facts |= {"may_change": may_change, "from_data": from_data}
-    return Field(default, description=meaning, json_schema_extra=facts, **limits)
+T = TypeVar("T")
 
 
 class Section(BaseModel):
@@ -58,15 +30,16 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
-    @model_validator(mode="after")
-    def _only_one_of_two(self) -> Self:
-        excludes = {found.name: found.excludes for found in _read(type(self)) if found.excludes}
-        for name, excluded in excludes.items():
-            section, _, other = excluded.rpartition(".")
-            if name in type(self).model_fields and None not in (getattr(self, name), getattr(self, other)):
-                values = f"{section}.{name} = {getattr(self, name)} and {excluded} = {getattr(self, other)}"
-                raise ValueError(f"{values} exclude each other; set one of them to null")
-        return self
+
+def setting(default: Any, meaning: str, aliases: str = "", **given: Any) -> Any:
+    """A pydantic field that states everything about a setting.
+
+    `aliases` are other names that people try, with spaces between; the rest are pydantic's `ge`, `gt`, `le` and `lt`,
+    and fields of `Setting`.
+    """
+    facts: dict[str, Any] = {"aliases": aliases.split()}
+    facts |= {name: given.pop(name) for name in [*given] if name in Setting.__dataclass_fields__}
+    return Field(default, description=meaning, json_schema_extra=facts, **given)
 
 
 @dataclass(frozen=True)
@@ -77,16 +50,16 @@ class Setting:
     type: Any  # without None
     default: Any
     meaning: str
-    flag: str | None
-    table: str | None
-    aliases: list[str]
-    excludes: str | None
-    may_change: bool
-    from_data: bool
+    aliases: list[str]  # for the suggestion in an error
+    flag: str | None = None  # of `train`, as its help shows it: `--batch_size N`
+    table: str | None = None  # where the names that it can have are keys: `blip3o_ds.flow.solvers:SOLVERS`
+    excludes: str | None = None  # the dotted name of another setting: only one of the two can have a value
+    may_change: bool = False  # a resumed run may have another value
+    from_data: bool = False  # if it is not given, the training set decides; the default is what the planner assumes
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
-        """The values it can have, if they are few; those of a table are looked up, which imports its module."""
+        """The values it can have, if they are few; looking up those of a table imports its module."""
         if self.table:
             module, _, name = self.table.partition(":")
             return tuple(getattr(import_module(module), name))
@@ -125,9 +98,7 @@ class Settings(dict[str, Setting]):
         above: list[str] = []
         for name, found in self.items():
             *path, last = name.split(".")
-            for depth, section in enumerate(path):
-                if path[: depth + 1] != above[: depth + 1]:
-                    lines.append(f"{'  ' * depth}{section}:")
+            lines += [f"{'  ' * i}{part}:" for i, part in enumerate(path) if path[: i + 1] != above[: i + 1]]
             above = path
             given = "# " if found.from_data else ""  # in a file it would be given, and the data would have to agree
             line = f"{'  ' * len(path)}{given}{last}: {json.dumps(attrgetter(name)(values))}"
@@ -183,6 +154,13 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     return f"{f'; did you mean {near[0]}?' if near else ''}; valid: {', '.join(valid)}"
 
 
+def choose(table: Mapping[str, T], name: str, setting: str) -> T:
+    """The entry `name` of `table`; a ConfigError names the setting, the nearest name and all valid ones."""
+    if name in table:
+        return table[name]
+    raise ConfigError(f"{setting} = {name!r} is unknown{nearest(name, list(table))}")
+
+
 def _read(schema: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
     for name, field in schema.model_fields.items():
         kind = field.annotation
@@ -191,7 +169,7 @@ def _read(schema: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
             continue
         if get_origin(kind) is UnionType:
             kind = next(part for part in get_args(kind) if part is not type(None))
-        facts: dict[str, Any] = dict(field.json_schema_extra or {})  # type: ignore[arg-type]  # `setting` gives a dict
+        facts: Any = field.json_schema_extra or {}
         yield Setting(prefix + name, kind, field.default, field.description or "", **facts)
 
 

@@ -45,10 +45,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
 
 
 def step_place(environment: Mapping[str, str]) -> Place | None:
-    """The place of this task in its `srun` step, None if the process is not a task of one.
-
-    Raises ConfigError if one of the step's variables is missing.
-    """
+    """The place of this task in its `srun` step, None if the process is not a task of one."""
     if "SLURM_STEP_ID" not in environment:
         return None
     world_size = environment.get("SLURM_STEP_NUM_TASKS") or required(environment, "SLURM_NTASKS")
@@ -58,7 +55,6 @@ def step_place(environment: Mapping[str, str]) -> Place | None:
 
 def required(environment: Mapping[str, str], name: str) -> str:
     """A variable that every task of a step has; ConfigError if it is missing."""
-    try:
-        return environment[name]
-    except KeyError:
-        raise ConfigError(f"{name} is missing though SLURM_STEP_ID is set: start the process by srun") from None
+    if name not in environment:
+        raise ConfigError(f"{name} is missing though SLURM_STEP_ID is set: start the process by srun")
+    return environment[name]

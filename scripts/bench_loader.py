@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -28,6 +27,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from blip3o_ds import cli
 from blip3o_ds.data.format.codec import stored_tensors
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter
@@ -36,7 +36,7 @@ from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.reading.source import load_manifest
-from blip3o_ds.errors import Blip3oError, DataError
+from blip3o_ds.errors import DataError
 
 BATCH = 8  # samples, of every way that makes batches
 _SAMPLES, _SAMPLES_PER_SHARD = 512, 64
@@ -46,6 +46,8 @@ _LARGE = 1 << 30  # bytes of the buffers of the memory copy, at most: far more t
 _CHUNK = 1 << 22
 _BUFFERS = 4  # of the loader, a batch in each
 _ROUNDS = 5
+
+_Way = Callable[[], float | None]  # reads all samples; returns its seconds unless they are those of the call
 
 
 def bench(dataset_dir: str | Path | None = None) -> dict[str, Any]:
@@ -68,43 +70,31 @@ def bench(dataset_dir: str | Path | None = None) -> dict[str, Any]:
             raise DataError(f"{dataset_dir}: the bench reads a local or shared file system, not a URL")
         manifest = load_manifest(dataset_dir)
         if manifest.selection is not None:
-            raise DataError(
-                f"{dataset_dir} is a split of {manifest.selection.of}; give that, the bench reads whole tars"
-            )
+            raise DataError(f"{dataset_dir}: the bench reads whole tars; give {manifest.selection.of}, not its split")
         ends = np.cumsum([shard.num_bytes for shard in manifest.shards])
         dataset = EmbeddingDataset(dataset_dir, max_shards=max(1, int((ends <= _MOST_BYTES).sum())))
         stack.callback(dataset.close)
         return _run(dataset, Path(dataset_dir), pickles)
 
 
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The command: print the rows as a table."""
+    result = bench(args.dir)
+    print(f"{'':28}{'':6}{'samples/s':>11}{'GiB/s':>8}{'of memory copy':>16}")
+    for row in result["rows"]:
+        name, state, samples, gib, ratio = row.values()
+        print(f"{name:28}{state:6}{samples:11.0f}{gib:8.2f}{ratio:16.2f}")
+    for name, value in result["factors"].items():
+        print(f"{name.replace('_', ' ')}: {value:.2f}")
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench_loader.py", description=__doc__.splitlines()[0])
     parser.add_argument("dir", metavar="DIR", nargs="?", help="a dataset; by default a temporary one is made")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
-    args = parser.parse_args(arguments)
-    try:
-        result = bench(args.dir)
-    except (Blip3oError, OSError) as error:
-        print(f"bench_loader.py: error: {error}", file=sys.stderr)
-        if args.json:
-            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        return 1
-    print(format_bench(result))
-    if args.json:
-        print(json.dumps(result))
-    return 0
-
-
-def format_bench(result: dict[str, Any]) -> str:
-    """The rows as a table."""
-    lines = [f"{'':28}{'':6}{'samples/s':>11}{'GiB/s':>8}{'of memory copy':>16}"]
-    lines += [
-        f"{row['name']:28}{row['state']:6}{row['samples_per_second']:11.0f}{row['gib_per_second']:8.2f}"
-        f"{row['ratio_to_memory_copy']:16.2f}"
-        for row in result["rows"]
-    ]
-    lines += [f"{name.replace('_', ' ')}: {value:.2f}" for name, value in result["factors"].items()]
-    return "\n".join(lines)
+    parser.set_defaults(run=run, command="bench")
+    return cli.main(arguments, parser)
 
 
 def _run(dataset: EmbeddingDataset, folder: Path, pickles: list[Path]) -> dict[str, Any]:
@@ -112,16 +102,18 @@ def _run(dataset: EmbeddingDataset, folder: Path, pickles: list[Path]) -> dict[s
     sample_bytes = sum(tensor.num_bytes for tensor in stored_tensors(dataset.spec))
     num_samples = len(dataset)
     total = num_samples * sample_bytes
-    ways = {
-        "sequential read": _timed(lambda: _read_through(tars)),
-        "tarfile": _timed(lambda: _read_tars(tars)),
-        "webdataset": _timed(lambda: _drain(_webdataset_batches(tars))),
+    ways: dict[str, _Way] = {
+        "sequential read": lambda: _read_through(tars),
+        "tarfile": lambda: _read_tars(tars),
+        "webdataset": lambda: _drain(_webdataset_batches(tars)),
     }
     if pickles:
-        ways["pickled shards"] = _timed(lambda: _drain(_pickled_batches(pickles)))
+        ways["pickled shards"] = lambda: _drain(_pickled_batches(pickles))
+    source, reused = (np.ones(min(total, size), np.uint8) for size in (_LARGE, _BUFFERS * BATCH * sample_bytes))
+    large = np.ones_like(source)
     warm = {
-        "memory copy": _timed(_memory_copy(total, _LARGE)),
-        "memory copy, reused buffer": _timed(_memory_copy(total, _BUFFERS * BATCH * sample_bytes)),
+        "memory copy": lambda: _copy(source, large, total),
+        "memory copy, reused buffer": lambda: _copy(source, reused, total),
         **ways,
         "loader": lambda: _time_loader(dataset, epoch=1),
     }
@@ -130,62 +122,41 @@ def _run(dataset: EmbeddingDataset, folder: Path, pickles: list[Path]) -> dict[s
     seconds = {(name, "warm"): best for name, best in _best(warm).items()}
     if _evict(tars):
         seconds |= {(name, "cold"): best for name, best in _best(cold, lambda: _evict(tars + pickles)).items()}
-    copy = seconds["memory copy", "warm"]
     rows = [
         {
             "name": name,
             "state": state,
             "samples_per_second": num_samples / elapsed,
             "gib_per_second": total / elapsed / 2**30,
-            "ratio_to_memory_copy": copy / elapsed,
+            "ratio_to_memory_copy": seconds["memory copy", "warm"] / elapsed,
         }
         for (name, state), elapsed in seconds.items()
     ]
     factors = {
         f"loader_over_{name.replace(' ', '_')}": seconds[name, "warm"] / seconds["loader", "warm"] for name in ways
     }
-    return {
-        "machine": _machine(),
-        "samples": num_samples,
-        "sample_bytes": sample_bytes,
-        "rows": rows,
-        "factors": factors,
-    }
+    facts = {"machine": _machine(), "samples": num_samples, "sample_bytes": sample_bytes}
+    return {**facts, "rows": rows, "factors": factors}
 
 
-def _best(ways: dict[str, Callable[[], float]], prepare: Callable[[], Any] = lambda: None) -> dict[str, float]:
+def _best(ways: dict[str, _Way], prepare: Callable[[], Any] = lambda: None) -> dict[str, float]:
     """The least seconds of each in some rounds over all of them, so that other load affects all alike."""
     seconds = dict.fromkeys(ways, math.inf)
     for _ in range(_ROUNDS):
-        for name, time_once in ways.items():
+        for name, read in ways.items():
             prepare()
-            seconds[name] = min(seconds[name], time_once())
+            started = time.perf_counter()
+            own = read()
+            seconds[name] = min(seconds[name], own or time.perf_counter() - started)
     return seconds
 
 
-def _timed(read: Callable[[], Any]) -> Callable[[], float]:
-    def time_once() -> float:
-        started = time.perf_counter()
-        read()
-        return time.perf_counter() - started
-
-    return time_once
-
-
-def _memory_copy(total: int, target_bytes: int) -> Callable[[], None]:
-    """Copies `total` bytes out of a large buffer into one of at most `target_bytes`, repeatedly."""
-    source = np.ones(min(total, _LARGE), np.uint8)
-    target = np.ones(min(len(source), target_bytes), np.uint8)
-
-    def copy() -> None:
-        left = total
-        while left:
-            for start in range(0, len(source), len(target)):
-                count = min(len(target), len(source) - start, left)
-                np.copyto(target[:count], source[start : start + count])
-                left -= count
-
-    return copy
+def _copy(source: np.ndarray, target: np.ndarray, total: int) -> None:
+    """Copies `total` bytes out of the whole of `source` into the smaller `target`, repeatedly."""
+    blocks = len(source) // len(target)
+    for number, start in enumerate(range(0, total, len(target))):
+        offset, count = number % blocks * len(target), min(len(target), total - start)
+        np.copyto(target[:count], source[offset : offset + count])
 
 
 def _read_through(paths: list[Path]) -> None:
@@ -201,9 +172,7 @@ def _read_tars(tars: list[Path]) -> None:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.name.endswith(".safetensors"):
-                    content = tar.extractfile(member)
-                    assert content is not None  # it is a regular file
-                    content.read()
+                    tar.extractfile(member).read()
 
 
 def _webdataset_batches(tars: list[Path]) -> Iterator[Any]:
@@ -231,16 +200,10 @@ def _time_loader(dataset: EmbeddingDataset, epoch: int) -> float:
     """Seconds of the steps of this epoch, the first one from the loader's opening on."""
     batch = min(BATCH, len(dataset))
     steps = math.ceil(len(dataset) / batch)
+    order = GlobalOrder(dataset.shard_sizes, seed=0)
+    sizes = {"micro_batch_size": batch, "gradient_accumulation_steps": 1, "prefetch": _BUFFERS - 2}
     started = time.perf_counter()
-    with EmbeddingLoader(
-        dataset,
-        GlobalOrder(dataset.shard_sizes, seed=0),
-        micro_batch_size=batch,
-        gradient_accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        prefetch=_BUFFERS - 2,
-    ) as loader:
+    with EmbeddingLoader(dataset, order, rank=0, world_size=1, **sizes) as loader:
         for step in range((epoch + 1) * steps):
             if epoch and step == epoch * steps:
                 started = time.perf_counter()
@@ -267,13 +230,11 @@ def _evict(paths: list[Path]) -> bool:
 
 def _write_dataset(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    pool = [
-        {name: torch.randn(_SPEC.shape(name), generator=generator).bfloat16() for name in _SPEC.tensors}
-        for _ in range(8)
-    ]
+    pool = {name: torch.randn(8, *_SPEC.shape(name), generator=generator).bfloat16() for name in _SPEC.tensors}
     with DatasetWriter(folder, _SPEC, _SAMPLES_PER_SHARD) as writer:
         for i in range(_SAMPLES):
-            writer.write(f"sample{i:06d}", pool[i % len(pool)], {"caption": f"sample {i}"})
+            tensors = {name: values[i % 8] for name, values in pool.items()}
+            writer.write(f"sample{i:06d}", tensors, {"caption": f"sample {i}"})
 
 
 def _write_pickles(dataset_dir: Path, folder: Path) -> list[Path]:
@@ -282,12 +243,8 @@ def _write_pickles(dataset_dir: Path, folder: Path) -> list[Path]:
     dataset = EmbeddingDataset(dataset_dir)
     for shard, size in enumerate(dataset.shard_sizes):
         samples = [dataset.read(shard, index) for index in range(size)]
-        content = {
-            "eva_blip3o_embeddings": torch.stack([sample["eva"] for sample in samples]),
-            "clip_blip3o_embeddings": torch.stack([sample["clip"] for sample in samples]),
-            "captions": [""] * size,
-            "keys": [sample.key for sample in samples],
-        }
+        content = {f"{name}_blip3o_embeddings": torch.stack([s[name] for s in samples]) for name in ("eva", "clip")}
+        content |= {"captions": [""] * size, "keys": [sample.key for sample in samples]}
         paths.append(folder / f"embeddings_shard_{shard:05d}_patch_only.pkl")
         paths[-1].write_bytes(pickle.dumps(content, protocol=4))
     return paths

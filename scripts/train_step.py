@@ -69,18 +69,10 @@ def time_steps(presets: list[str], timer: Timer, rates: Rates, rounds: int) -> l
         timings = alternate(tasks, timer, rounds, seconds=20)
         flops = train_flops_per_sample(config) * batch_size
         for provider, timing in timings.items():
-            found.append(
-                Step(
-                    preset=preset,
-                    batch_size=batch_size,
-                    num_tokens=config.num_tokens,
-                    provider=provider,
-                    **timing.milliseconds(),
-                    samples_per_s=batch_size / timing.median,
-                    mfu=flops / timing.median / rates.matmul,
-                    peak_memory_mib=peak_memory(steps[provider]) / 2**20,
-                )
-            )
+            speed = {"samples_per_s": batch_size / timing.median, "mfu": flops / timing.median / rates.matmul}
+            memory = peak_memory(steps[provider]) / 2**20
+            row = preset, batch_size, config.num_tokens, provider
+            found.append(Step(*row, **timing.milliseconds(), **speed, peak_memory_mib=memory))
         del steps, tasks
         torch.cuda.empty_cache()
     return found

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 def add_inference_commands(commands: Any) -> None:
     p = add_command(commands, "eval", run_eval, "generate on a dataset and measure, beside two baselines")
     p.add_argument("model", metavar="RUN_OR_EXPORT", type=Path)
-    p.add_argument(
-        "--data", required=True, action="append", metavar="DIR", help="folder or URL; may be given several times"
-    )
+    p.add_argument("--data", required=True, action="append", metavar="DIR", help="folder or URL; may be repeated")
     add_setting(p, "eval.max_samples", "--max_samples N")
     p.add_argument("--plot", type=Path, metavar="PNG", help="also draw the result")
     _add_sampler(p)
@@ -66,9 +64,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--data: two folders have the same name, and results go by the name")
     loaded, settings = _load(args)
     datasets = {name: loaded.open_dataset(folder) for name, folder in folders.items()}
-    results = {}
-    for split, dataset in datasets.items():
-        results[split] = evaluate(loaded, dataset, settings)
+    results = {split: evaluate(loaded, dataset, settings) for split, dataset in datasets.items()}
     print(format_table(results))
     if args.plot:
         plot_evaluation(results, args.plot)
@@ -84,14 +80,8 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     from blip3o_ds.evaluation.generate import generate
 
     loaded, settings = _load(args)
-    result = generate(
-        loaded,
-        loaded.open_dataset(args.data),
-        args.out,
-        settings,
-        source=f"{args.model.absolute().name}, step {loaded.step}, {loaded.weights} weights",
-    )
-    return show(result)
+    source = f"{args.model.absolute().name}, step {loaded.step}, {loaded.weights} weights"
+    return show(generate(loaded, loaded.open_dataset(args.data), args.out, settings, source))
 
 
 def run_export(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,18 +7,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from blip3o_ds.commands.base import add_command, add_config_flags, add_setting, given_settings, load_config
+from blip3o_ds.commands.base import add_command, add_config_flags, add_setting, load_config
 from blip3o_ds.config import SETTINGS, preset_names
 
-SBATCH_OPTIONS = {  # name -> metavar
-    "nodes": "N",
-    "gpus-per-node": "N",
-    "cpus-per-task": "N",
-    "time": "HH:MM:SS",
-    "partition": "NAME",
-    "account": "NAME",
-    "job-name": "NAME",
-}
+SBATCH_NUMBERS = "nodes", "gpus-per-node", "cpus-per-task"
+SBATCH_WORDS = "time", "partition", "account", "job-name"
 
 
 def add_training_commands(commands: Any) -> None:
@@ -27,9 +20,7 @@ def add_training_commands(commands: Any) -> None:
     for name, setting in SETTINGS.items():
         if setting.flag:
             add_setting(p, name)
-    p.add_argument(
-        "--resume", nargs="?", const="latest", metavar="RUN", help="resume RUN, or the newest in --output_dir"
-    )
+    p.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="RUN, or the newest in --output_dir")
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher, which sets LOCAL_RANK too
 
     p = add_command(commands, "config", run_config, "print every setting with its value and meaning, as a YAML file")
@@ -49,10 +40,12 @@ def add_training_commands(commands: Any) -> None:
 
     slurm = commands.add_parser("slurm", help="job scripts for SLURM").add_subparsers(required=True, metavar="COMMAND")
     p = add_command(slurm, "render", run_slurm_render, "print scripts/train_clip_repro.job, filled in")
-    for name, metavar in SBATCH_OPTIONS.items():
-        p.add_argument(f"--{name}", metavar=metavar, type=_positive if metavar == "N" else str)
-    for name in ("data.train_dir", "train.deepspeed_config"):
-        add_setting(p, name)
+    for name in SBATCH_NUMBERS:
+        p.add_argument(f"--{name}", metavar="N", type=_positive)
+    for name in SBATCH_WORDS:
+        p.add_argument(f"--{name}", metavar="HH:MM:SS" if name == "time" else "NAME")
+    add_setting(p, "data.train_dir")
+    add_setting(p, "train.deepspeed_config")
     p.add_argument("--output_dir", metavar="DIR", help="where runs are kept, in a folder named after the job")
     p.add_argument("--model_size", choices=preset_names())
     p.add_argument("--modules", metavar='"A B"', help="arguments of `module load`")
@@ -89,22 +82,11 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
 
     config = load_config(args)
     checkpointing = config.train.activation_checkpointing
-    memory = estimate_memory(
-        config.model,
-        zero_stage=args.zero_stage,
-        world_size=args.gpus,
-        micro_batch_size=args.batch_size,
-        precision=config.train.precision,
-        activation_checkpointing=checkpointing,
-        ema=config.train.ema_decay > 0,
-    )
-    recommended, needs = recommend_zero(
-        config.model,
-        gpu_memory_gb=args.gpu_memory_gb,
-        world_size=args.gpus,
-        micro_batch_size=args.batch_size,
-        activation_checkpointing=checkpointing,
-    )
+    step: dict[str, Any] = {"world_size": args.gpus, "micro_batch_size": args.batch_size}
+    step["activation_checkpointing"] = checkpointing
+    states: dict[str, Any] = {"precision": config.train.precision, "ema": config.train.ema_decay > 0}
+    memory = estimate_memory(config.model, zero_stage=args.zero_stage, **step, **states)
+    recommended, needs = recommend_zero(config.model, gpu_memory_gb=args.gpu_memory_gb, **step)
     plan: dict[str, Any] = {
         "parameters": count_parameters(config.model),
         "train_tflops_per_sample": train_flops_per_sample(config.model, checkpointing) / 1e12,
@@ -142,14 +124,13 @@ def run_compare(args: argparse.Namespace) -> dict[str, Any]:
 def run_slurm_render(args: argparse.Namespace) -> dict[str, Any]:
     from blip3o_ds.planning.job_script import render_job
 
-    given = given_settings(args)
     script = render_job(
-        {name: getattr(args, name.replace("-", "_")) for name in SBATCH_OPTIONS},
+        {name: getattr(args, name.replace("-", "_")) for name in (*SBATCH_NUMBERS, *SBATCH_WORDS)},
         {
-            "DATA_DIR": given.get("data.train_dir"),
+            "DATA_DIR": getattr(args, "data.train_dir"),
             "OUTPUT_DIR": args.output_dir,
             "MODEL_SIZE": args.model_size,
-            "DEEPSPEED_CONFIG": given.get("train.deepspeed_config"),
+            "DEEPSPEED_CONFIG": getattr(args, "train.deepspeed_config"),
             "MODULES": args.modules,
         },
     )

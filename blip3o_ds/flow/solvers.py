@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blip3o_ds.config import SamplerConfig
 from blip3o_ds.flow.prediction import Model
-from blip3o_ds.tables import choose
+from blip3o_ds.settings import choose
 
 if TYPE_CHECKING:
     from blip3o_ds.flow.flow import Flow  # which imports the table below

@@ -6,29 +6,16 @@ Matrix products are counted exactly, as two operations per multiply-add. Norms, 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from blip3o_ds.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class ForwardFlops:
-    """Operations in one sample's forward pass, by part."""
-
-    blocks: int
-    inputs: int  # products whose input needs no gradient: projections of x_t, of EVA, of the timestep's sinusoids
-    rest: int
-
-    @property
-    def total(self) -> int:
-        return self.blocks + self.inputs + self.rest
-
-
-def forward_flops(config: ModelConfig) -> ForwardFlops:
-    """The matrix products of one sample's forward pass, term by term.
+def forward_flops_per_sample(config: ModelConfig) -> tuple[int, int, int]:
+    """The matrix products of one sample's forward pass: `(blocks, inputs, rest)`.
 
     A linear layer from width a to width b takes 2Nab operations on N tokens. Attention of N tokens to N takes 4NNW for
-    scores and values, W being the width of all query heads, however many key heads there are.
+    scores and values, W being the width of all query heads, however many key heads there are. `inputs` are products
+    whose input needs no gradient: projections of x_t, of EVA, of the timestep's sinusoids.
     """
     N, W, F = config.num_tokens, config.hidden_size, config.ffn_dim
     kv_width = 2 * config.num_kv_heads * config.head_dim  # keys and values together
@@ -44,19 +31,11 @@ def forward_flops(config: ModelConfig) -> ForwardFlops:
     condition = 2 * N * config.eva_dim * W
     timestep_in = 2 * config.timestep_embed_dim * W
     linear_skip = 0 if config.linear_skip == "none" else 2 * N * config.eva_dim * config.clip_dim
+    inputs = clip_in + condition + timestep_in + linear_skip
     timestep_out = 2 * W * W
     first_modulation = 2 * W * W
     clip_out = 2 * N * W * config.clip_dim
-    return ForwardFlops(
-        blocks=config.num_layers * block,
-        inputs=clip_in + condition + timestep_in + linear_skip,
-        rest=timestep_out + first_modulation + clip_out,
-    )
-
-
-def forward_flops_per_sample(config: ModelConfig) -> int:
-    """Operations in one forward pass of one sample."""
-    return forward_flops(config).total
+    return config.num_layers * block, inputs, timestep_out + first_modulation + clip_out
 
 
 def train_flops_per_sample(config: ModelConfig, activation_checkpointing: bool = False) -> int:
@@ -66,8 +45,8 @@ def train_flops_per_sample(config: ModelConfig, activation_checkpointing: bool =
     gradient of the input. Checkpointing repeats the blocks' forward pass. The MFU by definition counts no recomputation
     (Chowdhery et al. 2022), so leave it out there.
     """
-    parts = forward_flops(config)
-    return (4 if activation_checkpointing else 3) * parts.blocks + 2 * parts.inputs + 3 * parts.rest
+    blocks, inputs, rest = forward_flops_per_sample(config)
+    return (4 if activation_checkpointing else 3) * blocks + 2 * inputs + 3 * rest
 
 
 # Operations per second of the tensor cores, dense bf16 or fp16 with fp32 accumulation, from NVIDIA's data sheets (their
@@ -77,12 +56,8 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     (r"\bB200\b", 2250e12),  # DGX B200
     (r"\bH[12]00 NVL\b", 835e12),  # the PCIe cards joined by NVLink
     (r"\bH100 PCIe\b", 756e12),
-    (r"\bH100\b", 989e12),  # SXM
-    (r"\bH200\b", 989e12),
-    (r"\bGH200\b", 989e12),
-    (r"\bH800\b", 989e12),
-    (r"\bA100\b", 312e12),  # SXM and PCIe alike
-    (r"\bA800\b", 312e12),
+    (r"\b(H100|H200|GH200|H800)\b", 989e12),  # SXM
+    (r"\b(A100|A800)\b", 312e12),  # SXM and PCIe alike
     (r"\bA30\b", 165e12),
     (r"\bA10\b", 125e12),
     (r"\bL40S\b", 362e12),
@@ -93,7 +68,4 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 def device_peak_flops(device_name: str) -> float | None:
     """Dense bf16 or fp16 operations per second of the GPU with this name (`torch.cuda.get_device_name`), if known."""
-    for pattern, peak in _PEAK_FLOPS:
-        if re.search(pattern, device_name):
-            return peak or None
-    return None
+    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None) or None

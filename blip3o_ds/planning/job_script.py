@@ -17,12 +17,7 @@ TEMPLATE = Path(__file__).parent.parent.parent / "scripts" / "train_clip_repro.j
 def render_job(directives: Mapping[str, object], settings: Mapping[str, object], template: Path = TEMPLATE) -> str:
     """The job script with these `#SBATCH` options and defaults of its variables; None leaves the script's own.
 
-    Args:
-        directives: `gpus-per-node`, for example, which sets `ntasks-per-node` too.
-        settings: names of the script's variables, such as `DATA_DIR`.
-
-    Raises:
-        ConfigError: sbatch would misread a value, or the template is missing.
+    `gpus-per-node` sets `ntasks-per-node` too. Raises ConfigError for a value that sbatch would misread.
     """
     try:
         text = template.read_text(encoding="utf-8")

@@ -7,12 +7,11 @@ kernels keep for the backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from blip3o_ds.config import ModelConfig, get_blip3o_clip_config, preset_names
-from blip3o_ds.errors import ConfigError
+from blip3o_ds.config import ModelConfig
 from blip3o_ds.model.dit import DiT
 
 CONTEXT_BYTES = 1 << 30  # the CUDA context and the workspaces of cuBLAS and the communication library
@@ -64,76 +63,37 @@ def estimate_memory(
     width = FP32 if precision == "fp32" else 2
     states = _weights_and_states(count, zero_stage, world_size, width, ema)
     activations = _activation_bytes(config, micro_batch_size, width, activation_checkpointing)
-    batch = _batch_bytes(config, micro_batch_size, width)
+    # Clip and EVA; in fp32 clip, noise, x_t, predicted and target velocity, and the gradient of the prediction.
+    channels = (config.clip_dim + config.eva_dim) * width + 6 * config.clip_dim * FP32
+    batch = micro_batch_size * config.num_tokens * channels
     overhead = CONTEXT_BYTES + int(FRAGMENTATION * (sum(states) + activations + batch))
     return MemoryEstimate(*states, activations, batch, overhead)
 
 
-def get_memory_optimized_config(
-    available_memory_gb: float, training_mode: str = "patch_only", batch_size: int = 32
-) -> tuple[str, ModelConfig, float]:
-    """The preset with the most parameters whose training step fits on one GPU: `(model_size, config, memory_gb)`.
-
-    The step is ZeRO-2 on one GPU in bf16 with a moving average; activations are recomputed only if it does not fit
-    otherwise.
-
-    Raises:
-        ConfigError: not even the smallest preset fits.
-    """
-    configs = {name: get_blip3o_clip_config(name, training_mode) for name in preset_names() if name != "demo"}
-    needs = {name: _smallest_need(config, batch_size, available_memory_gb) for name, config in configs.items()}
-    fitting = [name for name, need in needs.items() if need <= available_memory_gb]
-    if not fitting:
-        smallest = min(needs, key=needs.__getitem__)
-        raise ConfigError(
-            f"no preset fits {available_memory_gb:g} GiB at batch size {batch_size}: the smallest, {smallest}, needs "
-            f"{needs[smallest]:.1f} GiB; lower the batch size"
-        )
-    chosen = max(fitting, key=lambda name: count_parameters(configs[name]))
-    return chosen, configs[chosen], needs[chosen]
-
-
-def recommend_zero(
-    config: ModelConfig,
-    *,
-    gpu_memory_gb: float,
-    world_size: int,
-    micro_batch_size: int,
-    activation_checkpointing: bool = False,
-) -> tuple[str | None, dict[str, float]]:
-    """The file of `ds_configs/` with the least communication that fits (None: none does), and the GiB each needs.
-
-    ZeRO-2 sends what ZeRO-1 does, but after every micro-batch. ZeRO-3 sends half as much again, in small pieces.
-    Offloading adds the CPU and the PCIe bus to every step.
-    """
-    needs = {}
-    for name, stage in ZERO_FILES.items():
-        estimate = estimate_memory(
-            config,
-            zero_stage=stage,
-            world_size=world_size,
-            micro_batch_size=micro_batch_size,
-            activation_checkpointing=activation_checkpointing,
-        )
-        if "offload" in name:  # the fp32 states live on the CPU, at stage 3 the weights too
-            estimate = replace(estimate, gradients=0, optimizer=0, weights=0 if stage == 3 else estimate.weights)
-        needs[name] = estimate.total / 2**30
-    return next((name for name, need in needs.items() if need <= gpu_memory_gb), None), needs
-
-
-def _smallest_need(config: ModelConfig, batch_size: int, available_gb: float) -> float:
-    """GiB of a step; with activation checkpointing if it does not fit without."""
+def smallest_need(config: ModelConfig, batch_size: int, available_gb: float) -> float:
+    """GiB of a step on one GPU with ZeRO-2; with activation checkpointing if it does not fit without."""
     for checkpointing in (False, True):
         estimate = estimate_memory(
-            config,
-            zero_stage=2,
-            world_size=1,
-            micro_batch_size=batch_size,
-            activation_checkpointing=checkpointing,
+            config, zero_stage=2, world_size=1, micro_batch_size=batch_size, activation_checkpointing=checkpointing
         )
         if estimate.total / 2**30 <= available_gb:
             break
     return estimate.total / 2**30
+
+
+def recommend_zero(config: ModelConfig, *, gpu_memory_gb: float, **step: Any) -> tuple[str | None, dict[str, float]]:
+    """The file of `ds_configs/` with the least communication that fits (None: none does), and the GiB each needs.
+
+    `step` is what `estimate_memory` takes besides. ZeRO-2 sends what ZeRO-1 does, but after every micro-batch. ZeRO-3
+    sends half as much again, in small pieces. Offloading adds the CPU and the PCIe bus to every step.
+    """
+    needs = {}
+    for name, stage in ZERO_FILES.items():
+        estimate = estimate_memory(config, zero_stage=stage, **step)
+        if "offload" in name:  # the fp32 states live on the CPU, at stage 3 the weights too
+            estimate = replace(estimate, gradients=0, optimizer=0, weights=0 if stage == 3 else estimate.weights)
+        needs[name] = estimate.total / 2**30
+    return next((name for name, need in needs.items() if need <= gpu_memory_gb), None), needs
 
 
 def _weights_and_states(count: int, stage: int, world_size: int, width: int, ema: bool) -> tuple[int, int, int, int]:
@@ -165,10 +125,3 @@ def _activation_bytes(config: ModelConfig, micro_batch_size: int, width: int, ch
     if checkpointing:
         return config.num_layers * tokens * 2 * W * width + block + gradients + outside
     return config.num_layers * block + gradients + outside
-
-
-def _batch_bytes(config: ModelConfig, micro_batch_size: int, width: int) -> int:
-    tokens = micro_batch_size * config.num_tokens
-    inputs = tokens * (config.clip_dim + config.eva_dim) * width
-    # In fp32: clip, noise, x_t, predicted and target velocity, and the gradient of the prediction.
-    return inputs + tokens * 6 * config.clip_dim * FP32

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from blip3o_ds.config import TrainConfig
-from blip3o_ds.tables import choose
+from blip3o_ds.settings import choose
 
 # (progress after the warm-up, 0 to 1; `train.min_lr_ratio`) -> share of `train.learning_rate`
 Schedule = Callable[[float, float], float]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from blip3o_ds.config import ModelConfig, get_blip3o_clip_config
+from blip3o_ds.config import ModelConfig, get_blip3o_clip_config, get_memory_optimized_config
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.model.dit import DiT
-from blip3o_ds.planning.memory import count_parameters, estimate_memory, get_memory_optimized_config, recommend_zero
+from blip3o_ds.planning.memory import count_parameters, estimate_memory, recommend_zero
 from blip3o_kernels import use_kernels
 
 
