@@ -120,9 +120,7 @@ class DataConfig(Section):
     prefetch_steps: int = setting(2, "steps that are read ahead", aliases="prefetch", may_change=True, ge=1)
     cache_dir: str | None = setting(None, "folder for shards of a URL; null: in the temporary one", may_change=True)
     cache_gb: float = setting(100.0, "limit of cache_dir in GiB; two windows of shards at least", may_change=True, gt=0)
-    on_bad_sample: OnDamage = setting(
-        "error", "skip: replace a damaged sample by one of its shard", may_change=True
-    )
+    on_bad_sample: OnDamage = setting("error", "skip: replace a damaged sample by one of its shard", may_change=True)
     on_bad_shard: OnDamage = setting("error", "skip: replace a damaged shard's samples by another's", may_change=True)
 
 

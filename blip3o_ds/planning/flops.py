@@ -10,7 +10,7 @@ import re
 from blip3o_ds.config import ModelConfig
 
 
-def forward_flops_per_sample(config: ModelConfig) -> tuple[int, int, int]:
+def forward_flops(config: ModelConfig) -> tuple[int, int, int]:
     """The matrix products of one sample's forward pass: `(blocks, inputs, rest)`.
 
     A linear layer from width a to width b takes 2Nab operations on N tokens. Attention of N tokens to N takes 4NNW for
@@ -45,7 +45,7 @@ def train_flops_per_sample(config: ModelConfig, activation_checkpointing: bool =
     gradient of the input. Checkpointing repeats the blocks' forward pass. The MFU by definition counts no recomputation
     (Chowdhery et al. 2022), so leave it out there.
     """
-    blocks, inputs, rest = forward_flops_per_sample(config)
+    blocks, inputs, rest = forward_flops(config)
     return (4 if activation_checkpointing else 3) * blocks + 2 * inputs + 3 * rest
 
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_ds.config import ModelConfig
 from blip3o_ds.model.dit import DiT
-from blip3o_ds.planning.flops import device_peak_flops, forward_flops_per_sample, train_flops_per_sample
+from blip3o_ds.planning.flops import device_peak_flops, forward_flops, train_flops_per_sample
 
 CONFIG = ModelConfig(
     eva_dim=24, clip_dim=12, grid_size=4, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=48
@@ -31,7 +31,7 @@ def count(config: ModelConfig, backward: bool) -> int:
 def test_the_forward_formula_is_what_pytorch_counts(linear_skip, token_layout):
     config = CONFIG.model_copy(update={"linear_skip": linear_skip, "token_layout": token_layout})
 
-    assert B * sum(forward_flops_per_sample(config)) == count(config, backward=False)
+    assert B * sum(forward_flops(config)) == count(config, backward=False)
 
 
 def test_a_training_step_is_what_pytorch_counts():
