@@ -280,12 +280,12 @@ def get_memory_optimized_config(
     The step is ZeRO-2 on one GPU in bf16 with a moving average; activations are recomputed only if it does not fit
     otherwise. Raises ConfigError if not even the smallest preset fits.
     """
-    from blip3o_ds.planning.memory import count_parameters, smallest_need  # which import torch
+    from blip3o_ds.planning import memory  # it is built on this module, and imports torch
 
     configs = [(name, get_blip3o_clip_config(name, training_mode)) for name in preset_names() if name != "demo"]
-    configs.sort(key=lambda item: count_parameters(item[1]), reverse=True)
+    configs.sort(key=lambda item: memory.count_parameters(item[1]), reverse=True)
     for name, config in configs:
-        need = smallest_need(config, batch_size, available_memory_gb)
+        need = memory.smallest_need(config, batch_size, available_memory_gb)
         if need <= available_memory_gb:
             return name, config, need
     raise ConfigError(
