@@ -6,9 +6,9 @@ This module imports nothing heavy: the resolved `RunConfig` is passed on as valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -230,6 +230,8 @@ class RunConfig(Section):
 
 SETTINGS = Settings(RunConfig)
 
+get_memory_optimized_config: Callable[..., tuple[str, ModelConfig, float]]  # see `__getattr__`
+
 
 def preset_names() -> list[str]:
     """The names that `--model_size` takes."""
@@ -272,28 +274,6 @@ def get_blip3o_clip_config(
     return load_run_config(model_size, flags=flags).model
 
 
-def get_memory_optimized_config(
-    available_memory_gb: float, training_mode: str = "patch_only", batch_size: int = 32
-) -> tuple[str, ModelConfig, float]:
-    """The preset with the most parameters whose training step fits on one GPU: `(model_size, config, memory_gb)`.
-
-    The step is ZeRO-2 on one GPU in bf16 with a moving average; activations are recomputed only if it does not fit
-    otherwise. Raises ConfigError if not even the smallest preset fits.
-    """
-    from blip3o_ds.planning import memory  # it is built on this module, and imports torch
-
-    configs = [(name, get_blip3o_clip_config(name, training_mode)) for name in preset_names() if name != "demo"]
-    configs.sort(key=lambda item: memory.count_parameters(item[1]), reverse=True)
-    for name, config in configs:
-        need = memory.smallest_need(config, batch_size, available_memory_gb)
-        if need <= available_memory_gb:
-            return name, config, need
-    raise ConfigError(
-        f"no preset fits {available_memory_gb:g} GiB at batch size {batch_size}: the smallest, {name}, needs "
-        f"{need:.1f} GiB; lower the batch size"
-    )
-
-
 def _load_yaml(path: Path) -> dict[str, Any]:
     """The settings of a file as a layer of dotted names."""
     try:
@@ -305,3 +285,13 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)}), found {settings!r}")
     return flatten(settings)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name == "get_memory_optimized_config":  # the planner's, which is built on this module
+            from blip3o_ds.planning import memory
+
+            return memory.get_memory_optimized_config
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

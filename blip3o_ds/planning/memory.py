@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from blip3o_ds.config import ModelConfig
+from blip3o_ds.config import ModelConfig, get_blip3o_clip_config, preset_names
+from blip3o_ds.errors import ConfigError
 from blip3o_ds.model.dit import DiT
 
 CONTEXT_BYTES = 1 << 30  # the CUDA context and the workspaces of cuBLAS and the communication library
@@ -70,7 +71,27 @@ def estimate_memory(
     return MemoryEstimate(*states, activations, batch, overhead)
 
 
-def smallest_need(config: ModelConfig, batch_size: int, available_gb: float) -> float:
+def get_memory_optimized_config(
+    available_memory_gb: float, training_mode: str = "patch_only", batch_size: int = 32
+) -> tuple[str, ModelConfig, float]:
+    """The preset with the most parameters whose training step fits on one GPU: `(model_size, config, memory_gb)`.
+
+    The step is ZeRO-2 on one GPU in bf16 with a moving average; activations are recomputed only if it does not fit
+    otherwise. Raises ConfigError if not even the smallest preset fits.
+    """
+    configs = [(name, get_blip3o_clip_config(name, training_mode)) for name in preset_names() if name != "demo"]
+    configs.sort(key=lambda item: count_parameters(item[1]), reverse=True)
+    for name, config in configs:
+        need = _smallest_need(config, batch_size, available_memory_gb)
+        if need <= available_memory_gb:
+            return name, config, need
+    raise ConfigError(
+        f"no preset fits {available_memory_gb:g} GiB at batch size {batch_size}: the smallest, {name}, needs "
+        f"{need:.1f} GiB; lower the batch size"
+    )
+
+
+def _smallest_need(config: ModelConfig, batch_size: int, available_gb: float) -> float:
     """GiB of a step on one GPU with ZeRO-2; with activation checkpointing if it does not fit without."""
     for checkpointing in (False, True):
         estimate = estimate_memory(
