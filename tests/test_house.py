@@ -16,7 +16,7 @@ FOLDERS = ("blip3o_ds", "kernels", "scripts")
 # From the bottom up: a module may import from its own layer and those below. Longer names come before shorter ones.
 LAYERS = (
     ("errors",),
-    ("files", "progress", "settings", "tables", "slurm"),
+    ("files", "progress", "settings", "slurm"),
     ("config",),
     ("data.format", "model"),
     ("data.reading", "data.normalization", "flow"),
