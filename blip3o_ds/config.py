@@ -79,7 +79,7 @@ class FlowConfig(Section):
 
     path: str = setting("linear", "path from noise to data; linear: (1-t) noise + t clip", table=f"{FLOW}.path:PATHS")
     prediction: str = setting("sample", "output of the network", table=f"{FLOW}.prediction:PREDICTIONS")
-    loss_weight: str = setting("velocity", "quantity that the loss compares", table=f"{FLOW}.weights:LOSS_WEIGHTS")
+    loss_weight: str = setting("velocity", "quantity that the loss compares", table=f"{FLOW}.prediction:LOSS_WEIGHTS")
     timestep_law: str = setting("uniform", "distribution of t in training", table=f"{FLOW}.timesteps:TIMESTEP_LAWS")
     logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")
     logit_std: float = setting(1.0, "standard deviation of logit(t), for logit_normal", gt=0)
@@ -120,8 +120,8 @@ class DataConfig(Section):
     prefetch_steps: int = setting(2, "steps that are read ahead", aliases="prefetch", may_change=True, ge=1)
     cache_dir: str | None = setting(None, "folder for shards of a URL; null: in the temporary one", may_change=True)
     cache_gb: float = setting(100.0, "limit of cache_dir in GiB; two windows of shards at least", may_change=True, gt=0)
-    on_bad_sample: OnDamage = setting("error", "skip: replace a damaged sample by one of its shard", may_change=True)
-    on_bad_shard: OnDamage = setting("error", "skip: replace a damaged shard's samples by another's", may_change=True)
+    on_bad_sample: OnDamage = setting("error", "skip: replace and report damaged samples", may_change=True)
+    on_bad_shard: OnDamage = setting("error", "skip: replace and report damaged shards", may_change=True)
 
 
 class TrainConfig(Section):
@@ -186,7 +186,9 @@ class TrainConfig(Section):
     )
     max_skipped_steps: int = setting(0, "non-finite steps skipped in a row before a rollback", may_change=True, ge=0)
     max_rollbacks: int = setting(1, "rollbacks before the run stops", aliases="rollbacks", may_change=True, ge=0)
-    overfit_test_size: int | None = setting(None, "use only the first N samples", flag="--overfit_test_size N", ge=1)
+    overfit_test_size: int | None = setting(
+        None, "train and evaluate on only N samples", flag="--overfit_test_size N", ge=1
+    )
     debug_mode: bool = setting(
         False, "log gradient norms by block and loss by timestep", flag="--debug_mode", aliases="debug", may_change=True
     )

@@ -1,4 +1,4 @@
-"""What the network outputs, and how that becomes a clean embedding or a velocity.
+"""What the network outputs, how that becomes a clean embedding or a velocity, and what of it the loss compares.
 
 The loss and the solvers see the network only through a `Prediction`, so another output is one class and one line.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
+from blip3o_ds.config import FlowConfig
 from blip3o_ds.flow.path import Path
 
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x_t, t, eva, drop) -> [B, N, Dc]
@@ -68,3 +70,22 @@ class VelocityPrediction(Prediction):
 
 
 PREDICTIONS: dict[str, Callable[[Path], Prediction]] = {"sample": SamplePrediction, "velocity": VelocityPrediction}
+
+# (prediction, output, target, x_t, t) -> the two tensors [B, N, Dc] that the loss compares
+LossWeight = Callable[[Prediction, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def velocity_weight(
+    prediction: Prediction, output: Tensor, target: Tensor, x_t: Tensor, t: Tensor, floor: float
+) -> tuple[Tensor, Tensor]:
+    """Compare velocities: the error of the clean embedding times `(wronskian / max(sigma, floor))^2`.
+
+    On the linear path that is `1 / max(1-t, floor)^2`. Both velocities have the same floor, so beyond it the optimum
+    is still the clean embedding.
+    """
+    return prediction.loss_velocity(output, x_t, t, floor), prediction.loss_velocity(target, x_t, t, floor)
+
+
+LOSS_WEIGHTS: dict[str, Callable[[FlowConfig], LossWeight]] = {
+    "velocity": lambda config: partial(velocity_weight, floor=config.min_time_to_data),
+}
