@@ -64,17 +64,12 @@ def _results(
 ) -> list[tuple[str, Tensor]]:
     """Outputs and gradients with their names, for the same upstream gradients at every precision."""
     outputs = WORKLOADS[case.workload].run(operations, arguments)
-    upstream = _upstream(outputs, dtypes or [y.dtype for y in outputs])
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+    targets = zip(draws, outputs, dtypes or [y.dtype for y in outputs], strict=False)
+    upstream = tuple(draw.to(y.device, dtype).to(y.dtype) for draw, y, dtype in targets)
     found = [(f"output {i}", y.detach()) for i, y in enumerate(outputs)]
     return found + [(f"gradient {i}", g) for i, g in enumerate(gradients(outputs, arguments, upstream))]
-
-
-def _upstream(outputs: Tensors, dtypes: list[torch.dtype]) -> Tensors:
-    generator = torch.Generator().manual_seed(1)
-    return tuple(
-        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, dtype).to(y.dtype)
-        for y, dtype in zip(outputs, dtypes, strict=False)
-    )
 
 
 def _error(found: Tensor, exact: Tensor) -> float:

@@ -19,7 +19,9 @@ def describe(command: list[str], commit: str | None = None) -> dict[str, Any]:
         commit: for a copy of the tree that has no git beside it.
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    driver, power, clock = _nvidia_smi(f"GPU-{properties.uuid}", "driver_version", "power.limit", "clocks.max.sm")
+    query = ["nvidia-smi", "-i", f"GPU-{properties.uuid}", "--query-gpu=driver_version,power.limit,clocks.max.sm"]
+    values = (_output([*query, "--format=csv,noheader"]) or "").split(", ")
+    driver, power, clock = values if len(values) == 3 else [None] * 3
     return {
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
@@ -36,12 +38,6 @@ def describe(command: list[str], commit: str | None = None) -> dict[str, Any]:
         "command": " ".join(command),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _nvidia_smi(gpu: str, *names: str) -> list[str | None]:
-    answer = _output(["nvidia-smi", "-i", gpu, f"--query-gpu={','.join(names)}", "--format=csv,noheader"])
-    values = answer.split(", ") if answer else []
-    return list(values) if len(values) == len(names) else [None] * len(names)
 
 
 def _commit() -> str | None:

@@ -116,11 +116,7 @@ def _quack_rms_norm(arguments: Tensors) -> Tensors:
 
 
 LIBRARIES: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {  # what other libraries have of these workloads
-    "liger": {
-        "rms_norm": _liger_rms_norm,
-        "modulated_rms_norm": _liger_modulated_rms_norm,
-        "swiglu": _liger_swiglu,
-    },
+    "liger": {"rms_norm": _liger_rms_norm, "modulated_rms_norm": _liger_modulated_rms_norm, "swiglu": _liger_swiglu},
     "quack": {"rms_norm": _quack_rms_norm},
 }
 MODULES = {"liger": "liger_kernel", "quack": "quack"}

@@ -108,7 +108,7 @@ def _search(search: Search, timer: Timer, device: torch.device | str) -> Found:
     for case in search.cases:
         bench = _Bench(search, case, device)
         right = {c: score for c, score in finals.items() if c == RULE or bench.agrees(c)}
-        timings = alternate({str(c): bench.task(c) for c in right}, timer, rounds=15)
+        timings = alternate({str(c): Task(lambda _, c=c, run=bench.run: run(c)) for c in right}, timer, rounds=15)
         rule = timings[RULE].median
         finals = {c: score + timings[str(c)].median / rule for c, score in right.items()}
     best = min(finals, key=finals.__getitem__)
@@ -132,12 +132,9 @@ class _Bench:
                 return self.provider.run(self.arguments)
             return gradients(self.outputs, self.arguments, self.upstream, retain_graph=True)
 
-    def task(self, config: Any) -> Task:
-        return Task(lambda _: self.run(config))
-
     def quick_time(self, config: Any, timer: Timer) -> float:
         """The least of five; infinite for what the GPU cannot launch."""
-        task = self.task(config)
+        task = Task(lambda _: self.run(config))
         try:
             timer(task)
         except (OutOfResources, PTXASError) as error:

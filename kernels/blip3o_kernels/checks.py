@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+MAX_CHANNELS = 8192  # a row kernel holds a whole row in registers
+
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """The shape is exactly `expected`."""
@@ -42,3 +44,9 @@ def check_parameter(name: str, tensor: Tensor, expected: tuple[int, ...], other_
     check_shape(name, tensor, expected)
     check_floating(name, tensor)
     check_device(name, tensor, other_name, other)
+
+
+def too_wide(name: str, x: Tensor) -> str | None:
+    """Why a row kernel cannot take x, or None: a row must fit in the registers of one program."""
+    D = x.shape[-1]
+    return f"{name}: expected 1 to {MAX_CHANNELS} channels, found {D}" if not 1 <= D <= MAX_CHANNELS else None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from blip3o_kernels.autograd import backward_op, differentiable, like
-from blip3o_kernels.checks import check_device, check_floating, check_shape
-from blip3o_kernels.launch import RowRule, SumRule, as_rows, candidates_of, cdiv, launch_rows, too_wide
+from blip3o_kernels.checks import check_device, check_floating, check_shape, too_wide
+from blip3o_kernels.launch import RowRule, SumRule, as_rows, candidates_of, cdiv, launch_rows
 from blip3o_kernels.numeric import rounded
 from blip3o_kernels.operation import Operation, compute_dtype
 from blip3o_kernels.triton_language import tl, triton

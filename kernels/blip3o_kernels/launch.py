@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 TUNED_PATH = Path(__file__).with_name("tuned.json")
-MAX_CHANNELS = 8192  # a row kernel holds a whole row in registers
 FP_FUSION = {"enable_fp_fusion": True}  # multiply and add as one instruction; the default changes with Triton's version
 ROW_OPTIONS = {"num_stages": 1, **FP_FUSION}  # of the row kernels, whose loads feed no dot to overlap with
 
@@ -145,12 +144,6 @@ def tile_candidates(D: int) -> list[TileConfig]:
     ]
 
 
-def too_wide(name: str, x: Tensor) -> str | None:
-    """Why a row kernel cannot take x, or None: a row must fit in the registers of one program."""
-    D = x.shape[-1]
-    return f"{name}: expected 1 to {MAX_CHANNELS} channels, found {D}" if not 1 <= D <= MAX_CHANNELS else None
-
-
 def choose(op: str, shape_class: str, x: Tensor, default: C) -> C:
     """The measured configuration for x's GPU, this operation and class of shapes, or the rule's `default`.
 
@@ -262,11 +255,6 @@ def as_rows(x: Tensor, per_sample: bool = True) -> Tensor:
 def dense(x: Tensor) -> Tensor:
     """x with dense channels: itself, or one copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """What a model's parameters may be where its activations are `dtype`: the same, and fp32 under bf16 autocast."""
-    return (dtype, torch.float32) if dtype == torch.bfloat16 else (dtype,)
 
 
 def cdiv(a: int, b: int) -> int:

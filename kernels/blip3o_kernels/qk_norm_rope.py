@@ -12,22 +12,13 @@ import torch
 from torch import Tensor
 
 from blip3o_kernels.autograd import backward_op, differentiable, like
-from blip3o_kernels.checks import check_device, check_floating, check_parameter
-from blip3o_kernels.launch import (
-    RowRule,
-    SumRule,
-    candidates_of,
-    cdiv,
-    dense,
-    launch_rows,
-    parameter_dtypes,
-    too_wide,
-)
+from blip3o_kernels.checks import check_device, check_floating, check_parameter, too_wide
+from blip3o_kernels.launch import RowRule, SumRule, candidates_of, cdiv, dense, launch_rows
 from blip3o_kernels.numeric import inverse_rms, load_row, norm_gradient, rounded
 from blip3o_kernels.operation import Operation, compute_dtype
 from blip3o_kernels.rms_norm import gain_gradients, normalized
 from blip3o_kernels.triton_language import tl, triton
-from blip3o_kernels.workload import ModelShape, Workload
+from blip3o_kernels.workload import ModelShape, Workload, parameter_dtypes
 
 
 def reference(

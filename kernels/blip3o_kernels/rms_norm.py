@@ -12,23 +12,12 @@ import torch
 from torch import Tensor
 
 from blip3o_kernels.autograd import backward_op, differentiable, like
-from blip3o_kernels.checks import check_floating, check_parameter
-from blip3o_kernels.launch import (
-    ROW_OPTIONS,
-    RowRule,
-    SumRule,
-    as_rows,
-    candidates_of,
-    cdiv,
-    dense,
-    launch_rows,
-    parameter_dtypes,
-    too_wide,
-)
+from blip3o_kernels.checks import check_floating, check_parameter, too_wide
+from blip3o_kernels.launch import ROW_OPTIONS, RowRule, SumRule, as_rows, candidates_of, cdiv, dense, launch_rows
 from blip3o_kernels.numeric import inverse_rms, load_gain, load_row, norm_gradient, rounded, tanh
 from blip3o_kernels.operation import Operation, compute_dtype
 from blip3o_kernels.triton_language import tl, triton
-from blip3o_kernels.workload import Maker, ModelShape, Tensors, Workload
+from blip3o_kernels.workload import Maker, ModelShape, Tensors, Workload, parameter_dtypes
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-6, scale: Tensor | None = None) -> Tensor:

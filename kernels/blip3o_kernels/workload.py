@@ -97,3 +97,8 @@ class Maker:
         weights = self.leaf(shape.head_dim), self.leaf(shape.head_dim)
         angles = 3 * self.constant(shape.num_tokens, shape.head_dim // 2, dtype=torch.float32)
         return *weights, angles.cos(), angles.sin()
+
+
+def parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What a model's parameters may be where its activations are `dtype`: the same, and fp32 under bf16 autocast."""
+    return (dtype, torch.float32) if dtype == torch.bfloat16 else (dtype,)
