@@ -17,6 +17,7 @@ from blip3o_ds.flow.path import PATHS, Path
 from blip3o_ds.flow.prediction import LOSS_WEIGHTS, PREDICTIONS, LossWeight, Model, Prediction
 from blip3o_ds.flow.solvers import SOLVERS
 from blip3o_ds.flow.timesteps import TIMESTEP_LAWS, Timesteps
+from blip3o_ds.settings import choose
 from blip3o_kernels import FlowLoss, flow_matching_loss
 
 _TIME, _DROP, _NOISE = range(3)  # independent streams of random numbers of one sample
