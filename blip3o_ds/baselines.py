@@ -20,8 +20,8 @@ from torch import Tensor
 
 from blip3o_ds.data.format.schema import TokenLayout
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.reading.batches import read_batches, spread_indices
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import read_batches, spread_indices
 from blip3o_ds.errors import CheckpointError, DataError
 from blip3o_ds.files import atomic_write_bytes
 from blip3o_ds.progress import Progress

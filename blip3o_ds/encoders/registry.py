@@ -5,13 +5,12 @@ An encoder pair is a file with a tuple of specs, which is added to `ENCODERS` he
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 
 from blip3o_ds.encoders import efficientnet, huggingface
 from blip3o_ds.encoders.encoder import EncoderSpec, LoadOptions, PatchEncoder
 from blip3o_ds.errors import EncoderError
+from blip3o_ds.settings import nearest
 
 ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in huggingface.ENCODERS + efficientnet.ENCODERS}
 
@@ -36,8 +35,7 @@ def load_encoder(
 
 
 def find_spec(name: str) -> EncoderSpec:
-    """The spec of an encoder, or an EncoderError with the nearest name and all names."""
+    """The spec of an encoder, or an EncoderError with the names that there are."""
     if name in ENCODERS:
         return ENCODERS[name]
-    near = difflib.get_close_matches(name, ENCODERS, n=1, cutoff=0.0)
-    raise EncoderError(f"unknown encoder {name!r}: did you mean {near[0]!r}? There are {', '.join(ENCODERS)}")
+    raise EncoderError(f"unknown encoder {name!r}{nearest(name, [*ENCODERS])}")

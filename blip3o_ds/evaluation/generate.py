@@ -12,8 +12,8 @@ from torch import Tensor
 
 from blip3o_ds.config import EvalConfig, SamplerConfig
 from blip3o_ds.data.format.writer import DatasetWriter
-from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import read_batches
 from blip3o_ds.evaluation.report import evaluation_noise
 from blip3o_ds.files import atomic_folder
 from blip3o_ds.flow.solvers import sample

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.config import EvalConfig, SamplerConfig
-from blip3o_ds.data.reading.batches import read_batches, spread_indices
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.data.reading.loader import Batch
+from blip3o_ds.data.reading.loader import Batch, read_batches, spread_indices
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.metrics import METRICS, Collected, MetricAccumulator
 from blip3o_ds.flow.flow import Flow

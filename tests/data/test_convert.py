@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from blip3o_ds.data.format.manifest import Manifest
-from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.data.reading.loader import Batch
+from blip3o_ds.data.reading.loader import Batch, read_batches
 from blip3o_ds.data.tools import convert as convert_module
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.errors import DataError

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blip3o_ds.data.format.manifest import ChannelStats, Manifest
+from blip3o_ds.data.format.manifest import ChannelStats, Manifest, Selection
 from blip3o_ds.data.format.schema import DatasetSpec
-from blip3o_ds.data.format.selection import Selection
 from blip3o_ds.data.reading.source import shards_location
 from blip3o_ds.errors import DataError
 

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip3o_ds.cli import main
-from blip3o_ds.data.format.manifest import Manifest
+from blip3o_ds.data.format.manifest import Manifest, Selection
 from blip3o_ds.data.format.schema import DatasetSpec
-from blip3o_ds.data.format.selection import Selection
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader

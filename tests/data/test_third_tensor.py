@@ -18,9 +18,8 @@ from blip3o_ds.data.format.manifest import Manifest
 from blip3o_ds.data.format.schema import DatasetSpec, TensorSpec
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.data.reading.loader import EmbeddingLoader
+from blip3o_ds.data.reading.loader import EmbeddingLoader, read_batches
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.data.tools.append import append
 from blip3o_ds.data.tools.convert import convert

@@ -15,8 +15,8 @@ import torch
 from blip3o_ds.data.format.index import ShardIndex, index_path
 from blip3o_ds.data.format.schema import DatasetSpec, StorageDType
 from blip3o_ds.data.format.writer import DatasetWriter
-from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import read_batches
 from blip3o_ds.data.tools.stats import inspect, stats
 from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError

@@ -8,7 +8,7 @@ import torch
 
 from blip3o_ds.baselines import DEFAULT_PENALTY, PENALTY_GRID, Baselines, fit_baselines
 from blip3o_ds.data.normalization import Normalizer
-from blip3o_ds.data.reading.batches import spread_indices
+from blip3o_ds.data.reading.loader import spread_indices
 from blip3o_ds.errors import CheckpointError
 from tests.evaluation.conftest import CLIP, EVA, TOKENS, linear_pairs
 

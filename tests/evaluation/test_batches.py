@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip3o_ds.data.reading.batches import read_batches, spread_indices
+from blip3o_ds.data.reading.loader import read_batches, spread_indices
 from tests.evaluation.conftest import linear_pairs
 
 

@@ -47,7 +47,7 @@ def test_every_shipped_configuration_fits(arch):
 TOO_LARGE = """
 import sys
 from blip3o_kernels import aot
-from blip3o_kernels.gqa_attention_config import AttentionConfig
+from blip3o_kernels.gqa_attention import AttentionConfig
 from blip3o_kernels.launch import force_config
 
 aot.SHAPES, aot.WIDE_HEADS = aot.SHAPES[:1], ()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip3o_kernels import gqa_attention, use_kernels
-from blip3o_kernels.gqa_attention_config import KERNELS, AttentionConfig, attention_config, candidates
+from blip3o_kernels.gqa_attention import KERNELS, AttentionConfig, attention_config, candidates
 from blip3o_kernels.registry import REFERENCE
 from tests.kernels.accuracy import DEVICE, DTYPES, assert_kernel_is_accurate, random
 

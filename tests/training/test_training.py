@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blip3o_ds.data.reading.batches import read_batches
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.loader import read_batches
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.training import evaluation
 from blip3o_ds.training.checkpoint import TrainState

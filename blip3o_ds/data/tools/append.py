@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from blip3o_ds.data.format.index import ShardIndex, check_tar_size, index_path
-from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo, key_hashes
 from blip3o_ds.data.format.moments import merge_moments, moments_of_stats, stats_of_moments
-from blip3o_ds.data.format.selection import key_hashes
 from blip3o_ds.data.format.writer import sole_writer
 from blip3o_ds.errors import DataError
 from blip3o_ds.files import HashingFile, atomic_write, fsync_dir

@@ -19,7 +19,7 @@ from blip3o_ds.data.format.writer import ShardWriter, sole_writer
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.reading.source import ShardFiles
 from blip3o_ds.data.tools.append import next_number
-from blip3o_ds.data.tools.examine import ShardReport, compare_stats, examine_all, read_sample
+from blip3o_ds.data.tools.verify import ShardReport, compare_stats, examine_all, read_sample
 from blip3o_ds.errors import DataError
 
 logger = logging.getLogger(__name__)

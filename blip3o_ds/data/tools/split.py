@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, Selection, SplitPart
 from blip3o_ds.data.format.moments import (
     ChannelMoments,
     merge_moments,
@@ -20,7 +20,6 @@ from blip3o_ds.data.format.moments import (
     sample_moments,
     stats_of_moments,
 )
-from blip3o_ds.data.format.selection import Selection, SplitPart
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.errors import DataError

@@ -1,20 +1,33 @@
-"""Checking a dataset whole: `verify` reads every byte of it.
+"""Checking a dataset whole: `verify` reads every byte of it once, and goes by the tars, not by their indexes.
 
-It goes by the tars themselves, so it checks the indexes as well as the data.
+What it finds of each shard (`examine_all`) is also what `repair` acts on.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip3o_ds.data.format.moments import merge_moments, no_moments
+import numpy as np
+import safetensors.torch
+from torch import Tensor
+
+from blip3o_ds.data.format.codec import check_values, decode_all, parse_header
+from blip3o_ds.data.format.index import IndexBuilder, ShardIndex, index_path
+from blip3o_ds.data.format.manifest import ChannelStats, Manifest, ShardInfo
+from blip3o_ds.data.format.moments import ChannelMoments, merge_moments, no_moments, sample_moments
+from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.format.tar import Member, TarWalk
 from blip3o_ds.data.format.writer import shard_paths
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.data.reading.source import ShardFiles, load_manifest, shards_location
-from blip3o_ds.data.tools.examine import compare_stats, examine_all
 from blip3o_ds.errors import DataError
+from blip3o_ds.progress import Progress
 
 
 @dataclass
@@ -69,3 +82,152 @@ def verify(dataset_dir: str | Path, workers: int | None = None) -> VerifyReport:
         for name, stats in manifest.stats.items():
             report.problems += compare_stats(f"{dataset_dir}: manifest statistics of {name}", stats, moments[name])
     return report
+
+
+class ShardReport:
+    """What a shard holds, and what is wrong with it."""
+
+    def __init__(self, path: Path, spec: DatasetSpec) -> None:
+        self.path = path
+        self.num_bytes, self.sha256 = 0, ""
+        self.selected = 0  # samples in the tar that the manifest selects
+        self.damage: list[str] = []  # of the tar as a whole
+        self.bad: list[str] = []  # what is wrong with a sample
+        self.is_broken = False  # the tar cannot be read to its end
+        self.index: ShardIndex | None = None  # as it is on disk
+        self.index_agrees = False  # it says of every sample what the tar does
+        self.index_problems: list[str] = []
+        self.found = IndexBuilder(spec)  # of all samples in the tar, with the moments of the sound ones
+        self.keys = self.found.keys
+        self.selected_moments = no_moments(spec)
+
+    @property
+    def problems(self) -> list[str]:
+        return [*self.damage, *self.bad, *self.index_problems]
+
+
+def examine_all(files: ShardFiles, manifest: Manifest, workers: int | None = None) -> Iterator[ShardReport]:
+    """The report of every shard, in the manifest's order; `workers` are read at a time, in threads.
+
+    Hashing and arithmetic release Python's global lock. Never raises for what is wrong with a shard.
+    """
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    if workers < 1:
+        raise DataError(f"workers must be at least 1, found {workers}")
+    with ThreadPoolExecutor(workers) as pool:
+        reports = pool.map(lambda info: _examine(files, info, manifest), manifest.shards)
+        yield from Progress("verify", len(manifest.shards), "shards").over(reports)
+
+
+def read_sample(member: Member, spec: DatasetSpec, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a sample as stored, and its metadata; raises DataError for anything wrong with it."""
+    for suffix, content in (("safetensors", member.tensors), ("json", member.meta)):
+        if not content:
+            raise DataError(f"{where}: its .{suffix} is missing")
+    parse_header(member.tensors, spec, where)
+    try:
+        tensors = safetensors.torch.load(member.tensors)
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{where}: its .safetensors is damaged ({error})") from error
+    check_values(tensors, where)
+    try:
+        return tensors, json.loads(member.meta)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: its .json is damaged ({error})") from error
+
+
+def compare_stats(label: str, stored: ChannelStats, found: ChannelMoments) -> list[str]:
+    """What to report where statistics differ by more than rounding."""
+    recomputed = found.to_stats()
+    scale = np.sqrt(recomputed.var + np.square(recomputed.mean))  # of a channel's values
+    mean_off = np.abs(stored.mean - recomputed.mean) > 1e-6 * scale
+    var_off = np.abs(stored.var - recomputed.var) > 1e-6 * np.square(scale)
+    if stored.count == recomputed.count and not mean_off.any() and not var_off.any():
+        return []
+    return [f"{label} differ from those of the data in {int((mean_off | var_off).sum())} channels"]
+
+
+def _examine(files: ShardFiles, info: ShardInfo, manifest: Manifest) -> ShardReport:
+    report = ShardReport(Path(info.name), manifest.spec)
+    try:
+        lease = files.open(info)
+        report.path = path = lease.path
+        if not path.is_file():
+            raise DataError(f"{path}: listed in the manifest, but missing; copy the dataset again")
+        _open_index(report, info, manifest)
+        walk = TarWalk(path)
+        _walk(walk, manifest, report)
+    except DataError as error:
+        report.damage.append(str(error))
+        return report
+    report.num_bytes, report.sha256 = walk.num_bytes, walk.sha256
+    if walk.num_bytes != info.num_bytes:
+        report.damage.append(f"{path}: {walk.num_bytes} bytes, the manifest says {info.num_bytes}; copy it again")
+    elif walk.sha256 != info.sha256:
+        report.damage.append(f"{path}: its SHA-256 is not the manifest's; copy or write it again")
+    if walk.damage is not None:
+        report.is_broken = True
+        report.damage.append(f"{path}: the tar cannot be read after {len(report.keys)} samples ({walk.damage})")
+    if report.selected != info.num_samples:
+        report.damage.append(f"{path}: holds {report.selected} samples, the manifest says {info.num_samples}")
+    if report.index is not None:
+        disagreements = _compare_with_index(report, report.index)
+        report.index_agrees = not disagreements and not report.is_broken
+        report.index_problems += disagreements
+    return report
+
+
+def _open_index(report: ShardReport, info: ShardInfo, manifest: Manifest) -> None:
+    path = index_path(report.path)
+    try:
+        index = ShardIndex.load(path)
+    except DataError as error:
+        report.index_problems.append(str(error))
+        return
+    selected = index.keys if manifest.selection is None else manifest.selection.rows(index.keys)
+    if ShardInfo(info.name, len(selected), index.num_bytes, index.sha256) != info:
+        report.index_problems.append(f"{path}: its sample count, size or checksum is not the manifest's")
+    if differences := index.spec.differences(manifest.spec):
+        report.index_problems.append(f"{path}: its spec differs from the manifest's ({differences})")
+    else:
+        report.index = index
+
+
+def _walk(walk: TarWalk, manifest: Manifest, report: ShardReport) -> None:
+    spec, selection = manifest.spec, manifest.selection
+    first_header: bytes | None = None
+    for member in walk:
+        is_selected = selection is None or selection.rows([member.key]).size > 0
+        report.selected += is_selected
+        where = f"{report.path}: sample {member.key!r}"
+        try:
+            tensors, _ = read_sample(member, spec, where)
+            length, offsets = parse_header(member.tensors, spec, where)
+            first_header = first_header or member.tensors[:length]
+            if member.tensors[:length] != first_header:
+                raise DataError(f"{where}: its safetensors header is not that of the shard's other samples")
+            moments = sample_moments(decode_all(tensors))
+        except DataError as error:
+            report.bad.append(str(error))
+            report.found.add(member, {}, None)
+            continue
+        report.found.add(member, offsets, moments)
+        if is_selected:
+            report.selected_moments = merge_moments(report.selected_moments, moments)
+
+
+def _compare_with_index(report: ShardReport, index: ShardIndex) -> list[str]:
+    path, problems = index_path(report.path), []
+    remedy = "`blip3o-ds data repair` rebuilds it"
+    if report.keys != index.keys:
+        return [f"{path}: its keys are not those of the tar; {remedy}"]
+    differs = np.zeros(len(report.keys), dtype=bool)
+    for name, listed in {**index.members, **index.tensors}.items():
+        found = np.array(report.found.offsets[name])
+        differs |= (found >= 0) & (found != listed)
+    for number in np.flatnonzero(differs):
+        problems.append(f"{report.path}: sample {report.keys[number]!r}: the index points elsewhere; {remedy}")
+    for name, stored in index.moments.items():
+        if report.found.moments[name].count == stored.count:
+            problems += compare_stats(f"{path}: statistics of {name}", stored.to_stats(), report.found.moments[name])
+    return problems
