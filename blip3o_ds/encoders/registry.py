@@ -5,12 +5,13 @@ An encoder pair is a file with a tuple of specs, which is added to `ENCODERS` he
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 
 from blip3o_ds.encoders import efficientnet, huggingface
 from blip3o_ds.encoders.encoder import EncoderSpec, LoadOptions, PatchEncoder
 from blip3o_ds.errors import EncoderError
-from blip3o_ds.settings import nearest
 
 ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in huggingface.ENCODERS + efficientnet.ENCODERS}
 
@@ -35,7 +36,8 @@ def load_encoder(
 
 
 def find_spec(name: str) -> EncoderSpec:
-    """The spec of an encoder, or an EncoderError with the names that there are."""
+    """The spec of an encoder, or an EncoderError with the nearest name and all names."""
     if name in ENCODERS:
         return ENCODERS[name]
-    raise EncoderError(f"unknown encoder {name!r}{nearest(name, [*ENCODERS])}")
+    near = difflib.get_close_matches(name, ENCODERS, n=1, cutoff=0.0)
+    raise EncoderError(f"unknown encoder {name!r}: did you mean {near[0]!r}? There are {', '.join(ENCODERS)}")
