@@ -151,7 +151,10 @@ class FileLock:
         self._owner = os.getpid()
         kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while self._descriptor is None:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except PermissionError:  # another user's file, which a local file system locks all the same
+                descriptor = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, kind)
                 if _is_same_file(descriptor, path):  # unless a user removed it between the two calls

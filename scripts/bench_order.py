@@ -35,9 +35,8 @@ def benchmark_order(
 ) -> dict[str, Any]:
     """Time and memory of a synthetic manifest, and of the order over it, as JSON holds them.
 
-    `*_seconds` are single runs; `microseconds_per_step` is the mean over 2,000 steps of `step` samples, windows mixed
-    on the way included; `*_mib` are traced allocations that remain (`_peak_`: at most), in runs apart from the timed
-    ones.
+    `*_seconds` are single runs; `microseconds_per_step` is the mean over 2,000 steps of `step` samples, with the mixing
+    of windows; `*_mib` are traced allocations that remain (`_peak_`: at most), in runs that are not timed.
     """
     with tempfile.TemporaryDirectory() as folder:
         _manifest(num_shards, samples_per_shard).save(folder)
@@ -71,14 +70,9 @@ def benchmark_order(
 
 def _manifest(num_shards: int, samples_per_shard: int) -> Manifest:
     spec = DatasetSpec.pair(256, "patch_only", 4096, 1024, "bf16", "eva-clip-8b", "clip-vit-l14")
-    sample_bytes = 2 * spec.num_tokens * sum(tensor.dim for tensor in spec.tensors.values()) + 4096
+    shard_bytes = samples_per_shard * (2 * spec.num_tokens * sum(t.dim for t in spec.tensors.values()) + 4096)
     shards = tuple(
-        ShardInfo(
-            f"shard_{i:05d}.tar",
-            samples_per_shard,
-            samples_per_shard * sample_bytes,
-            hashlib.sha256(b"%d" % i).hexdigest(),
-        )
+        ShardInfo(f"shard_{i:05d}.tar", samples_per_shard, shard_bytes, hashlib.sha256(b"%d" % i).hexdigest())
         for i in range(num_shards)
     )
     tokens = num_shards * samples_per_shard * spec.num_tokens

@@ -19,7 +19,7 @@ from blip3o_ds.errors import EncoderError
 
 def load_clip(spec: EncoderSpec, options: LoadOptions) -> nn.Module:
     """The vision tower of CLIP ViT-L/14 (Radford et al. 2021): [B, 3, 224, 224] -> [B, 257, 1024]."""
-    model, missing = _from_pretrained("CLIPVisionModel", spec, options)
+    model, missing = _from_pretrained("CLIPVisionModel", spec, replace(options, trust_remote_code=False))
     _require_weights(spec, options, missing)
     return _LastHiddenState(model).to(options.device)
 

@@ -6,7 +6,7 @@ Sums are kept in float64 and per image, so that several ranks together give exac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -156,7 +156,9 @@ class MetricAccumulator:
         deviations = (generated - mean, target - mean)
         sums = torch.stack([x.sum(dim=(0, 1)) for d in deviations for x in (d, d.square())])
         tokens = target.shape[0] * target.shape[1]
-        self._parts.append(Collected(torch.stack(per_image, dim=1).cpu(), pooled.cpu(), sums.cpu(), tokens))
+        first_part = self._parts[0]  # has the sums of all batches
+        self._parts[0] = replace(first_part, channel_sums=first_part.channel_sums + sums.cpu())
+        self._parts.append(Collected(torch.stack(per_image, dim=1).cpu(), pooled.cpu(), torch.zeros(()), tokens))
 
     def payload(self) -> Collected:
         return Collected.join(self._parts)

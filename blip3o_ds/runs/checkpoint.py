@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.files import atomic_write_json, read_json, sha256_file
+from blip3o_ds.files import atomic_write_json, parse_json, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,10 @@ def verify_checkpoint(path: Path, names: Sequence[str] | None = None) -> Checkpo
 
     A `CheckpointError` says that it is not finished, or which file is missing or differs.
     """
-    seal = read_json(path / SEAL, CheckpointError, f"{path} is damaged or was not finished")
+    if not (path / SEAL).is_file():
+        raise CheckpointError(f"{path} is damaged: {SEAL} is missing, it was not finished")
+    # An OSError is not caught: a file system that fails for a while says nothing about the checkpoint.
+    seal = parse_json((path / SEAL).read_bytes(), path / SEAL, CheckpointError, f"{path} is damaged")
     if seal.pop("sha256", None) != _digest(seal):
         raise CheckpointError(f"{path} is damaged: {SEAL} is not as it was written")
     files = seal["files"]

@@ -74,10 +74,6 @@ def _universal(folder: Path, target: Path) -> Moment:
 
 def _convert(folder: Path, target: Path) -> None:
     """DeepSpeed's own converter; it unpickles freely, so only a folder that matched its seal may come here."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
     settings = argparse.Namespace(
         input_folder=str(folder),
         output_folder=str(target),
@@ -88,6 +84,10 @@ def _convert(folder: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     try:
+        from deepspeed.checkpoint import ds_to_universal
+
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(settings)
     except Exception as error:  # DeepSpeed raises anything

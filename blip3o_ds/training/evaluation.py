@@ -50,7 +50,7 @@ def is_best(run: Run, results: dict[str, EvalResult]) -> bool:
     The score is `clip_similarity_centered` of the posterior mean, on the first split.
     """
     score = next(iter(results.values())).readings["posterior_mean"]["clip_similarity_centered"]
-    if run.state.best is not None and score <= run.state.best["score"]:
+    if not (run.state.best is None or score > run.state.best["score"]):
         return False
     run.state.best = {"step": run.state.step, "score": score}
     return True

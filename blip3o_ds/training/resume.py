@@ -47,7 +47,7 @@ def prepare_run_dir(config: RunConfig, resumed: Path | None) -> Path:
     folder = on_rank_zero(lambda: resumed or create_run(_output_dir(config), config, describe_environment()))
     if resumed and resumed != folder:
         found = f"rank {dist.get_rank()} finds {resumed} to resume, rank 0 {folder}"
-        raise ConfigError(f"{found}; name the run: --resume {folder}")
+        raise CheckpointError(f"{found}; name the run: --resume {folder}")
     return folder
 
 
@@ -77,7 +77,8 @@ def keep_global_batch(config: RunConfig, run_dir: Path, world_size: int) -> RunC
         )
     micro = max(n for n in range(1, min(train.micro_batch_size, share) + 1) if share % n == 0)
     fitted = {"micro_batch_size": micro, "gradient_accumulation_steps": share // micro}
-    logger.info("the global batch stays %d on %d ranks: %s", batch, world_size, fitted)
+    stated = ", ".join(f"train.{name} = {value}" for name, value in fitted.items())
+    logger.info("the global batch stays %d on %d ranks: %s", batch, world_size, stated)
     return config.model_copy(update={"train": train.model_copy(update=fitted)})
 
 

@@ -146,6 +146,7 @@ def restore(
         logger.warning("%s has no checkpoint yet: starting it from its beginning", checkpoints.parent)
         return begin
     state = TrainState.of(checkpoint)
+    state.rollbacks = state.skipped_in_a_row = 0  # each start has its own budget
     if state.total_steps != begin.total_steps:
         raise ConfigError(
             f"{checkpoint.path} is of a run of {state.total_steps} steps, which would now take {begin.total_steps}, "

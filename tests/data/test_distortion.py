@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.data.format.distortion import Distortion
+from blip3o_ds.data.format.codec import Distortion
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])

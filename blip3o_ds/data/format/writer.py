@@ -18,8 +18,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from blip3o_ds.data.format.codec import decode_all, encode, has_nonfinite, parse_header
-from blip3o_ds.data.format.distortion import Distortion
+from blip3o_ds.data.format.codec import Distortion, decode_all, encode, has_nonfinite, parse_header
 from blip3o_ds.data.format.index import IndexBuilder, ShardIndex, check_tar_size, index_path
 from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from blip3o_ds.data.format.moments import merge_moments, no_moments, sample_moments, stats_of_moments

@@ -7,7 +7,6 @@ other side refuses is not.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import random
@@ -31,7 +30,6 @@ ATTEMPTS = 6
 TIMEOUT_SECONDS = 30.0  # without a byte
 FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubled each time, with jitter so that nodes spread out
 _CHUNK_BYTES = 1 << 20
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # our own disk's: another attempt would not help
 _PIPE = "pipe:"
 
 _T = TypeVar("_T")
@@ -100,10 +98,10 @@ def _with_retries(url: str, attempt: Callable[[], _T]) -> _T:
     while True:
         try:
             return attempt()
+        except (DataError, OSError):  # an OSError is our own disk's: another attempt would not help
+            raise
         except Exception as error:  # each backend has its own kinds; the last one is raised as the cause
-            if isinstance(error, DataError) or getattr(error, "errno", None) in _DISK_ERRORS:
-                raise
-            message = f"no byte for {TIMEOUT_SECONDS:g} s" if isinstance(error, asyncio.TimeoutError) else str(error)
+            message = str(error)
             if number == ATTEMPTS:
                 raise DataError(
                     f"{url}: {message} (attempt {number} of {ATTEMPTS}); check the URL and the network, and that the "
@@ -124,6 +122,10 @@ def _chunks(url: str) -> Iterator[bytes]:
             f"{url}: {str(error) or type(error).__name__}; check the URL and the permissions (s3:// and gs:// need "
             "`pip install blip3o-ds[remote]`)"
         ) from error
+    except asyncio.TimeoutError as error:
+        raise TransferError(f"no byte for {TIMEOUT_SECONDS:g} s") from error
+    except OSError as error:  # of the other side
+        raise TransferError(str(error) or type(error).__name__) from error
 
 
 def _open(url: str) -> AbstractContextManager[Any]:
@@ -163,10 +165,12 @@ def _open_http(url: str) -> Iterator[Any]:
         with files.open(url, size=1) as stream:  # any size, or it would be asked for with another request
             yield stream
     except aiohttp.ClientResponseError as error:
-        is_passing = error.status >= 500 or error.status in (408, 425, 429)  # which say "later"
+        is_garbled = isinstance(error.__cause__, aiohttp.http.HttpProcessingError)
+        is_passing = is_garbled or error.status >= 500 or error.status in (408, 425, 429)  # which say "later"
         raise (TransferError if is_passing else PermissionError)(
             f"HTTP status {error.status} {error.message}"
         ) from error
     except aiohttp.ClientPayloadError as error:
-        missing = stream.r.content_length - stream.r.content.total_bytes
-        raise TransferError(f"the connection was closed {missing} bytes before the end") from error
+        length = stream.r.content_length  # None for a chunked body
+        missing = "" if length is None else f"{length - stream.r.content.total_bytes} bytes "
+        raise TransferError(f"the connection was closed {missing}before the end") from error

@@ -56,8 +56,8 @@ def repair(dataset_dir: str | Path, workers: int | None = None) -> RepairReport:
             raise DataError(f"{folder}: a split; repair {manifest.selection.of}, and split it again")
         repaired = _Repaired(folder, manifest)
         refusals = []
+        reports = examine_all(ShardFiles(folder), manifest, workers)
         try:
-            reports = examine_all(ShardFiles(folder), manifest, workers)
             for info, report in zip(manifest.shards, reports, strict=True):
                 try:
                     repaired.add(info, report)
@@ -68,6 +68,7 @@ def repair(dataset_dir: str | Path, workers: int | None = None) -> RepairReport:
             for path, index in repaired.indexes.items():
                 index.save(path)
         except BaseException:
+            reports.close()
             for path in repaired.copies:
                 path.unlink(missing_ok=True)
             raise

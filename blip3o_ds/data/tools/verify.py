@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,7 +106,9 @@ class ShardReport:
         return [*self.damage, *self.bad, *self.index_problems]
 
 
-def examine_all(files: ShardFiles, manifest: Manifest, workers: int | None = None) -> Iterator[ShardReport]:
+def examine_all(
+    files: ShardFiles, manifest: Manifest, workers: int | None = None
+) -> Generator[ShardReport, None, None]:
     """The report of every shard, in the manifest's order; `workers` are read at a time, in threads.
 
     Hashing and arithmetic release Python's global lock. Never raises for what is wrong with a shard.
@@ -114,9 +116,12 @@ def examine_all(files: ShardFiles, manifest: Manifest, workers: int | None = Non
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise DataError(f"workers must be at least 1, found {workers}")
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         reports = pool.map(lambda info: _examine(files, info, manifest), manifest.shards)
         yield from Progress("verify", len(manifest.shards), "shards").over(reports)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nobody wants the rest
 
 
 def read_sample(member: Member, spec: DatasetSpec, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
