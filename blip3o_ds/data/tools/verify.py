@@ -106,9 +106,7 @@ class ShardReport:
         return [*self.damage, *self.bad, *self.index_problems]
 
 
-def examine_all(
-    files: ShardFiles, manifest: Manifest, workers: int | None = None
-) -> Generator[ShardReport, None, None]:
+def examine_all(files: ShardFiles, manifest: Manifest, workers: int | None) -> Generator[ShardReport, None, None]:
     """The report of every shard, in the manifest's order; `workers` are read at a time, in threads.
 
     Hashing and arithmetic release Python's global lock. Never raises for what is wrong with a shard.
