@@ -64,8 +64,8 @@ def run_check(options: argparse.Namespace, device: str) -> int:
 def run_benchmark(options: argparse.Namespace) -> int:
     from benchmarks import report
     from benchmarks.goals import goal_table, goals
-    from benchmarks.machine import describe
     from benchmarks.measure import CudaTimer, measure_rates
+    from benchmarks.report import describe
     from benchmarks.runner import run_cases
     from benchmarks.warm import calls_of, run_in_processes
 

@@ -31,11 +31,10 @@ from blip3o_ds import cli
 from blip3o_ds.data.format.codec import stored_tensors
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter
-from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.reading.dataset import EmbeddingDataset, load_manifest
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.data.reading.remote import is_remote
-from blip3o_ds.data.reading.source import load_manifest
 from blip3o_ds.errors import DataError
 
 BATCH = 8  # samples, of every way that makes batches

@@ -30,7 +30,9 @@ def add_training_commands(commands: Any) -> None:
     add_config_flags(p)
     add_setting(p, "model.token_layout")
     add_setting(p, "train.activation_checkpointing", "--activation_checkpointing")
-    p.add_argument("--batch_size", type=int, default=32, metavar="N", help="samples per GPU and forward pass")
+    p.add_argument(
+        "--batch_size", type=int, metavar="N", help="samples per GPU and forward pass; 32 if nothing says it"
+    )
     p.add_argument("--gpus", type=int, default=1, metavar="N")
     p.add_argument("--gpu_memory_gb", type=float, default=80, metavar="X", help="of one GPU, for the recommendation")
     p.add_argument("--zero_stage", type=int, default=2, choices=[0, 1, 2, 3])
@@ -60,7 +62,10 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_config(args: argparse.Namespace) -> dict[str, Any]:
+    from blip3o_ds.flow.flow import build_flow
+
     config = load_config(args)
+    build_flow(config)  # a ConfigError names what is unknown
     print(SETTINGS.to_yaml(config))
     return {
         name: {
@@ -77,15 +82,21 @@ def run_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_plan(args: argparse.Namespace) -> dict[str, Any]:
+    from blip3o_ds.flow.flow import build_flow
     from blip3o_ds.planning.flops import train_flops_per_sample
     from blip3o_ds.planning.memory import count_parameters, estimate_memory, recommend_zero
 
     config = load_config(args)
-    checkpointing = config.train.activation_checkpointing
-    step: dict[str, Any] = {"world_size": args.gpus, "micro_batch_size": args.batch_size}
-    step["activation_checkpointing"] = checkpointing
-    states: dict[str, Any] = {"precision": config.train.precision, "ema": config.train.ema_decay > 0}
-    memory = estimate_memory(config.model, zero_stage=args.zero_stage, **step, **states)
+    build_flow(config)  # a ConfigError names what is unknown
+    train, checkpointing = config.train, config.train.activation_checkpointing
+    batch = args.batch_size or (train.micro_batch_size if "micro_batch_size" in train.model_fields_set else 32)
+    step: dict[str, Any] = {
+        "world_size": args.gpus,
+        "micro_batch_size": batch,
+        "activation_checkpointing": checkpointing,
+    }
+    step |= {"precision": train.precision, "ema": train.ema_decay > 0}
+    memory = estimate_memory(config.model, zero_stage=args.zero_stage, **step)
     recommended, needs = recommend_zero(config.model, gpu_memory_gb=args.gpu_memory_gb, **step)
     plan: dict[str, Any] = {
         "parameters": count_parameters(config.model),

@@ -16,7 +16,7 @@ from blip3o_ds.baselines import Baselines
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.errors import CheckpointError, DataError
+from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 from blip3o_ds.files import atomic_folder
 from blip3o_ds.flow.flow import Flow, build_flow
 from blip3o_ds.model.dit import CONFIG_NAME, DiT, read_pretrained_config
@@ -126,4 +126,7 @@ def _load_export(folder: Path) -> Pretrained:
 
 def _assemble(folder: Path, model: DiT, config: RunConfig, step: int, weights: str) -> Pretrained:
     normalizer, baselines = Normalizer.load(folder / NORMALIZER), Baselines.load(folder / BASELINES)
-    return Pretrained(model, build_flow(config), normalizer, baselines, config, step, weights)
+    try:
+        return Pretrained(model, build_flow(config), normalizer, baselines, config, step, weights)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: its settings are not valid here: {error}") from None

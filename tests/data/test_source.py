@@ -7,7 +7,7 @@ import pytest
 
 from blip3o_ds.data.format.manifest import ChannelStats, Manifest, Selection
 from blip3o_ds.data.format.schema import DatasetSpec
-from blip3o_ds.data.reading.source import shards_location
+from blip3o_ds.data.reading.dataset import shards_location
 from blip3o_ds.errors import DataError
 
 

@@ -16,8 +16,8 @@ from blip3o_ds.data.format.manifest import Manifest, ShardInfo
 from blip3o_ds.data.format.moments import merge_moments, no_moments, stats_of_moments
 from blip3o_ds.data.format.tar import Member, TarWalk
 from blip3o_ds.data.format.writer import ShardWriter, sole_writer
+from blip3o_ds.data.reading.dataset import ShardFiles
 from blip3o_ds.data.reading.remote import is_remote
-from blip3o_ds.data.reading.source import ShardFiles
 from blip3o_ds.data.tools.append import next_number
 from blip3o_ds.data.tools.verify import ShardReport, compare_stats, examine_all, read_sample
 from blip3o_ds.errors import DataError

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.data.format.manifest import ChannelStats, Manifest
-from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.data.reading.source import load_manifest
+from blip3o_ds.data.reading.dataset import EmbeddingDataset, load_manifest
 from blip3o_ds.errors import DataError
 
 

@@ -24,8 +24,8 @@ from blip3o_ds.data.format.moments import ChannelMoments, merge_moments, no_mome
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.tar import Member, TarWalk
 from blip3o_ds.data.format.writer import shard_paths
+from blip3o_ds.data.reading.dataset import ShardFiles, load_manifest, shards_location
 from blip3o_ds.data.reading.remote import is_remote
-from blip3o_ds.data.reading.source import ShardFiles, load_manifest, shards_location
 from blip3o_ds.errors import DataError
 from blip3o_ds.progress import Progress
 
