@@ -30,9 +30,7 @@ def add_training_commands(commands: Any) -> None:
     add_config_flags(p)
     add_setting(p, "model.token_layout")
     add_setting(p, "train.activation_checkpointing", "--activation_checkpointing")
-    p.add_argument(
-        "--batch_size", type=int, metavar="N", help="samples per GPU and forward pass; 32 if nothing says it"
-    )
+    p.add_argument("--batch_size", type=int, metavar="N", help="samples per GPU and forward pass, 32 by default")
     p.add_argument("--gpus", type=int, default=1, metavar="N")
     p.add_argument("--gpu_memory_gb", type=float, default=80, metavar="X", help="of one GPU, for the recommendation")
     p.add_argument("--zero_stage", type=int, default=2, choices=[0, 1, 2, 3])
@@ -90,12 +88,8 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     build_flow(config)  # a ConfigError names what is unknown
     train, checkpointing = config.train, config.train.activation_checkpointing
     batch = args.batch_size or (train.micro_batch_size if "micro_batch_size" in train.model_fields_set else 32)
-    step: dict[str, Any] = {
-        "world_size": args.gpus,
-        "micro_batch_size": batch,
-        "activation_checkpointing": checkpointing,
-    }
-    step |= {"precision": train.precision, "ema": train.ema_decay > 0}
+    step: dict[str, Any] = {"world_size": args.gpus, "micro_batch_size": batch, "precision": train.precision}
+    step |= {"activation_checkpointing": checkpointing, "ema": train.ema_decay > 0}
     memory = estimate_memory(config.model, zero_stage=args.zero_stage, **step)
     recommended, needs = recommend_zero(config.model, gpu_memory_gb=args.gpu_memory_gb, **step)
     plan: dict[str, Any] = {

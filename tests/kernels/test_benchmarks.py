@@ -354,7 +354,7 @@ def test_the_script_writes_and_prints_what_it_measured(tmp_path, monkeypatch, ca
     compiled = []
     package = "benchmarks"
     for target, value in {
-        f"{package}.machine.describe": lambda command, commit: {**MACHINE, "commit": commit},
+        f"{package}.report.describe": lambda command, commit: {**MACHINE, "commit": commit},
         f"{package}.measure.CudaTimer": fake_timer,
         f"{package}.measure.measure_rates": lambda timer: RATES,
         f"{package}.warm.run_in_processes": lambda calls, jobs: compiled.extend(calls),
