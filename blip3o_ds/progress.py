@@ -30,7 +30,8 @@ class Progress:
     def __init__(self, what: str, total: float, unit: str = "images", start: float = 0) -> None:
         self._what, self._total, self._unit, self._start = what, total, unit, start
         self._began = self._reported = time.monotonic()
-        self._is_live = sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)  # not on every rank
+        is_quiet = logging.getLogger("blip3o_ds").level > logging.INFO  # a rank that only reports warnings
+        self._is_live = sys.stderr.isatty() and not is_quiet
 
     def over(self, items: Iterable[_T]) -> Iterator[_T]:
         """Yield `items`, each of which is one `unit` of work."""
