@@ -32,10 +32,11 @@ def add_data_commands(commands: Any) -> None:
     p = add_command(commands, "append", "data.tools.append:append", "add the shards of other datasets to one, in place")
     p.add_argument("dataset_dir", metavar="DIR", type=Path)
     p.add_argument("sources", metavar="SRC", type=Path, nargs="+")
-    p = add_command(commands, "split", "data.tools.split:split", "divide a dataset by key into DST/train and DST/eval")
+    p = add_command(commands, "split", "data.tools.split:split", "divide a dataset into DST/train and DST/eval")
     p.add_argument("location", metavar="DIR", help="folder or URL")
     p.add_argument("dst", metavar="DST", type=Path)
     p.add_argument("--fraction", type=float, default=0.05, metavar="X", help="held out; default %(default)s")
+    _add_views(p)
     p = add_command(commands, "verify", run_verify, "check every shard, index and sample of a dataset")
     p.add_argument("dataset_dir", metavar="DIR", help="folder or URL")
     _add_workers(p)
@@ -53,6 +54,12 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training_mode", dest="token_layout", choices=get_args(TokenLayout), help="tokens to store")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32", "fp8-e4m3"])
     parser.add_argument("--samples_per_shard", type=int, default=512, metavar="N")
+    _add_views(parser)
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    meaning = "keys are an image's name, TEXT and the number of a view, such as a crop; a split divides the images"
+    parser.add_argument("--view_separator", metavar="TEXT", help=meaning)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,6 +50,7 @@ def extract(
     dtype: StorageDType = "bf16",
     samples_per_shard: int = 512,
     batch_size: int = 16,
+    view_separator: str | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     rank: int = 0,
@@ -59,13 +60,15 @@ def extract(
 
     Process `rank` of `world_size` takes every `world_size`-th part of the source, and whichever ends last joins them:
     the dataset does not depend on the number of processes. They share nothing but the file system, so they need not
-    run at the same time. `dtype` is the dtype of the stored embeddings.
+    run at the same time. `dtype` is the dtype of the stored embeddings. Where the images are views, such as crops,
+    `view_separator` says which are of one (see `DatasetSpec.image_of`).
 
     Returns this process's counts `written`, `skipped_existing` and `broken`, its `seconds`, `samples` of the finished
     dataset, and `parts_left` of all processes: 0 when it is finished. Raises EncoderError for encoders that do not fit
     together, and DataError without usable images, for another dataset in `dst`, and at the end for a damaged part.
     """
-    spec = _dataset_spec(find_spec(condition), find_spec(target), token_layout, dtype)  # before gigabytes are loaded
+    # Before gigabytes are loaded.
+    spec = _dataset_spec(find_spec(condition), find_spec(target), token_layout, dtype, view_separator)
     parts = image_parts(images, samples_per_shard * _SHARDS_PER_PART)
     weights = {
         "condition_weights": condition_weights or find_spec(condition).weights,
@@ -84,6 +87,7 @@ def extract(
             dtype=dtype,
             samples_per_shard=samples_per_shard,
             batch_size=batch_size,
+            view_separator=view_separator,
             counts=counts,
         )
         _encode_parts(job, todo, counts, encode)
@@ -132,6 +136,7 @@ def encode_images(
     dtype: StorageDType = "bf16",
     samples_per_shard: int = 512,
     batch_size: int = 16,
+    view_separator: str | None = None,
     counts: _Counts | None = None,
 ) -> dict[str, Any]:
     """The core of `extract`, for given records and loaded encoders.
@@ -142,7 +147,7 @@ def encode_images(
     """
     counts = counts or _Counts([1])
     before = counts.summary()
-    spec = _dataset_spec(condition.spec, target.spec, token_layout, dtype)
+    spec = _dataset_spec(condition.spec, target.spec, token_layout, dtype, view_separator)
     extra = {"condition_weights": condition.options.weights, "target_weights": target.options.weights}
     with DatasetWriter(dst, spec, samples_per_shard=samples_per_shard, extra=extra, resume=True) as writer:
         todo = _without_existing(records, writer.done_keys(), counts)
@@ -165,7 +170,11 @@ def encode_images(
 
 
 def _dataset_spec(
-    condition: EncoderSpec, target: EncoderSpec, token_layout: TokenLayout, dtype: StorageDType
+    condition: EncoderSpec,
+    target: EncoderSpec,
+    token_layout: TokenLayout,
+    dtype: StorageDType,
+    view_separator: str | None,
 ) -> DatasetSpec:
     if condition.grid_size != target.grid_size:
         left, right = (f"{spec.grid_size}x{spec.grid_size}" for spec in (condition, target))
@@ -174,7 +183,8 @@ def _dataset_spec(
     target.require_layout(token_layout)
     num_tokens = condition.grid_size**2 + int(token_layout == "cls_patch")
     dims, names = (condition.embed_dim, target.embed_dim), (condition.name, target.name)
-    return DatasetSpec.pair(num_tokens, token_layout, *dims, dtype, *names)
+    pair = DatasetSpec.pair(num_tokens, token_layout, *dims, dtype, *names)
+    return replace(pair, view_separator=view_separator)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import struct
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def make_corpus(work: Path) -> Corpus:
     for dtype in ("bf16", "fp8-e4m3"):
         folder = work / f"sound_{dtype}"
         shutil.rmtree(folder, ignore_errors=True)
-        spec = DatasetSpec.pair(2, "cls_patch", 3, 2, dtype, "a", "b")
+        pair = DatasetSpec.pair(2, "cls_patch", 3, 2, dtype, "a", "b")
+        spec = replace(pair, view_separator="y") if dtype == "bf16" else pair  # key0, key2
         with DatasetWriter(folder, spec, 2) as writer:
             for i in range(3):
                 key = f"long-{'k' * 100}{i}" if i == 1 else f"key{i}"

@@ -129,10 +129,12 @@ def test_extract_finds_its_encoders_by_name(write_folder, pictures, make_spec, t
     monkeypatch.setitem(ENCODERS, "left", make_spec("left", seed=3))
     monkeypatch.setitem(ENCODERS, "right", make_spec("right", seed=4))
 
-    result = extract(write_folder(pictures), tmp_path / "set", condition="left", target="right", device="cpu")
+    names = {"condition": "left", "target": "right", "view_separator": "-"}
+    result = extract(write_folder(pictures), tmp_path / "set", **names, device="cpu")
 
     assert {"written": 10, "skipped_existing": 0, "broken": 0}.items() <= result.items()
     assert result["seconds"] > 0
+    assert EmbeddingDataset(tmp_path / "set").spec.view_separator == "-"
 
 
 @pytest.mark.parametrize(

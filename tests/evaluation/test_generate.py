@@ -9,6 +9,7 @@ from blip3o_ds.baselines import fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.generate import generate
@@ -60,6 +61,14 @@ def test_conditions_keys_captions_and_order_are_those_of_the_source(source, pret
     report = verify(tmp_path / "out")
     assert not report.problems
     assert EmbeddingDataset(tmp_path / "out").manifest.extra == {"generated": facts}
+
+
+def test_views_stay_views(source, pretrained, tmp_path, config):
+    convert(source.location, tmp_path / "views", dtype="fp32", view_separator="_")
+    views = EmbeddingDataset(tmp_path / "views")
+    generate(pretrained(random_model(config)), views, tmp_path / "out", SETTINGS, "a model")
+    assert EmbeddingDataset(tmp_path / "out").spec == views.spec
+    assert views.spec.view_separator == "_"
 
 
 @pytest.mark.parametrize("mode", ["minimal", "standardize"])

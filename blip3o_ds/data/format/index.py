@@ -122,7 +122,7 @@ class IndexBuilder:
         self.keys: list[str] = []
         self.offsets: dict[str, list[int]] = {name: [] for name in (*MEMBERS, *(t.name for t in stored_tensors(spec)))}
         self.moments = no_moments(spec)  # of the samples whose moments are known
-        self._spec = spec
+        self._spec = spec.without_views()
 
     def add(self, member: Member, tensors: Mapping[str, int], moments: Mapping[str, ChannelMoments] | None) -> None:
         """Add a sample and the offsets of `tensors` in its safetensors file; -1 stands for one that is missing."""

@@ -23,8 +23,9 @@ SplitPart = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples of the dataset `of` whose key hashes below `fraction` (`eval`) or not below it (`train`).
+    """The samples of the dataset `of` whose image hashes below `fraction` (`eval`) or not below it (`train`).
 
+    The image of a sample is that of `DatasetSpec.image_of`, so all views of an image are in one part.
     `of` is a folder or URL; a relative one is relative to the folder of the manifest that says so.
     """
 
@@ -40,16 +41,32 @@ class Selection:
         if not 0 < self.fraction < 1:
             raise DataError(f"fraction must lie between 0 and 1, found {self.fraction!r}")
 
-    def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Indices into `keys` of the samples selected, ascending, int64."""
-        held_out = key_hashes(keys) < np.uint64(int(self.fraction * 2**64))
+    def rows(self, images: Sequence[str]) -> np.ndarray:
+        """Indices of the samples selected, ascending, int64; `images` has the image of each sample."""
+        held_out = key_hashes(images) < np.uint64(int(self.fraction * 2**64))
         return np.flatnonzero(held_out if self.part == "eval" else ~held_out)
 
 
 def key_hashes(keys: Sequence[str]) -> np.ndarray:
     """A number in [0, 2**64) for every key, uint64: the first 8 bytes of its BLAKE2b digest, little-endian."""
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, dtype="<u8")
+    return _hashes(keys)
+
+
+def folds_of(images: Sequence[str], folds: int) -> np.ndarray:
+    """The fold of every image, in [0, folds), int64: for cross-validation that leaves whole images out.
+
+    It depends on the image's name alone, and not on the side of a split that the image is on. Folds are equal on
+    average, so with few images their sizes differ, and some may be empty. Raises DataError for `folds` below 1.
+    """
+    if folds < 1:
+        raise DataError(f"folds must be at least 1, found {folds}")
+    return (_hashes(images, b"fold") % np.uint64(folds)).astype(np.int64)
+
+
+def _hashes(texts: Sequence[str], purpose: bytes = b"") -> np.ndarray:
+    """uint64; those for another purpose are independent."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=8, person=purpose).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
 FORMAT_VERSIONS = (1, 2)  # that are read; `DatasetSpec.format_version` is the one that is written
@@ -95,6 +112,12 @@ class Manifest:
     @cached_property
     def num_samples(self) -> int:
         return sum(shard.num_samples for shard in self.shards)
+
+    def rows(self, keys: Sequence[str]) -> Sequence[int]:
+        """Indices into the `keys` of a shard of the samples that belong to the dataset: all, or those selected."""
+        if self.selection is None:
+            return range(len(keys))
+        return self.selection.rows([self.spec.image_of(key) for key in keys]).tolist()
 
     @staticmethod
     def load(dataset_dir: str | Path) -> Manifest:

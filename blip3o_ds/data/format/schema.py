@@ -22,6 +22,7 @@ Role = Literal["condition", "target"]
 MAKERS = "`blip3o-ds data convert SRC DST`, `data extract IMAGES DST` or `data demo DST`"
 SCALE_SUFFIX = "_scale"  # a sample holds the fp8-e4m3 scales of `eva` as `eva_scale`
 _TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_MAX_SEPARATOR = 8  # characters
 _RESERVED_ENDINGS = (SCALE_SUFFIX, "_offset", "_size")  # the files use them
 # What JSON must hold for a specification; format 1 has the pair's fields instead of `tensors`.
 _KINDS = {"num_tokens": int, "token_layout": str}
@@ -62,11 +63,13 @@ class DatasetSpec:
     """What every sample looks like: `num_tokens` of the image and their layout, and the tensors by name.
 
     `num_tokens` includes the CLS token of the layout `cls_patch`, which is token 0; the patches fill a square grid.
+    Where several samples are views of one image, such as its crops, `view_separator` says which (see `image_of`).
     """
 
     num_tokens: int
     token_layout: TokenLayout
     tensors: Mapping[str, TensorSpec]
+    view_separator: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("token_layout", self.token_layout, TokenLayout)
@@ -81,6 +84,8 @@ class DatasetSpec:
                 f"num_tokens {self.num_tokens} with token_layout {self.token_layout} leaves {patches} patches, which "
                 "fill no square grid; patch_only needs g*g tokens, cls_patch g*g+1"
             )
+        if self.view_separator is not None:
+            _check_separator(self.view_separator)
 
     @staticmethod
     def pair(
@@ -108,7 +113,7 @@ class DatasetSpec:
 
     @property
     def format_version(self) -> int:
-        """The version of the files: 1 for the usual pair, which all releases read, 2 for any other tensors."""
+        """The version of the files: 1 for the usual pair, which all releases read, 2 for all else."""
         has_names = set(self.tensors) == {"eva", "clip"}
         return 1 if has_names and self == DatasetSpec.pair(**self._pair_fields()) else 2
 
@@ -145,6 +150,30 @@ class DatasetSpec:
         """The same samples with every tensor in another dtype."""
         return replace(self, tensors={name: replace(tensor, dtype=dtype) for name, tensor in self.tensors.items()})
 
+    def image_of(self, key: str) -> str:
+        """The name of the image that a sample is a view of: `astronaut` for `astronaut_0012` with the separator `_`.
+
+        A key of another form, and without a separator every key, is an image of its own.
+        """
+        if self.view_separator is None:
+            return key
+        image, _, number = key.rpartition(self.view_separator)
+        return image if image and number.isascii() and number.isdigit() else key
+
+    def with_views(self, separator: str | None, source: Path | str) -> DatasetSpec:
+        """The same with a view separator, unless that is None; DataError, naming `source`, if it has another one."""
+        if separator is None or separator == self.view_separator:
+            return self
+        if self.view_separator is not None:
+            raise DataError(
+                f"{source}: its view_separator is {self.view_separator!r}, not {str(separator)[:20]!r}; leave that out"
+            )
+        return replace(self, view_separator=separator)
+
+    def without_views(self) -> DatasetSpec:
+        """What an index holds: how a sample is stored, and not what the keys of the whole set mean."""
+        return replace(self, view_separator=None)
+
     def differences(self, other: DatasetSpec) -> str:
         """The fields in which two specifications differ, as `name: mine != other's`; empty when equal."""
         mine, theirs = self._fields(), other._fields()
@@ -156,7 +185,8 @@ class DatasetSpec:
         if self.format_version == 1:
             return self._pair_fields()
         tensors = {name: tensor.to_dict() for name, tensor in self.tensors.items()}
-        return {"num_tokens": self.num_tokens, "token_layout": self.token_layout, "tensors": tensors}
+        content = {"num_tokens": self.num_tokens, "token_layout": self.token_layout, "tensors": tensors}
+        return content if self.view_separator is None else {**content, "view_separator": self.view_separator}
 
     @staticmethod
     def from_dict(content: Any, source: Path | str) -> DatasetSpec:
@@ -167,8 +197,11 @@ class DatasetSpec:
             fields["tensors"] = {name: _read_tensor(entries, name, source) for name in entries}
         else:
             fields |= read_fields(content, _PAIR_KINDS, source, "spec")
+        has_views = "view_separator" in content
+        separator = read_field(content, "view_separator", str, source, "spec") if has_views else None
         try:
-            return DatasetSpec(**fields) if "tensors" in fields else DatasetSpec.pair(**fields)
+            spec = DatasetSpec(**fields) if "tensors" in fields else DatasetSpec.pair(**fields)
+            return replace(spec, view_separator=separator)
         except DataError as error:
             raise DataError(f"{source}: spec: {error}") from error
 
@@ -189,7 +222,7 @@ class DatasetSpec:
         fields: dict[str, Any] = {"num_tokens": self.num_tokens, "token_layout": self.token_layout}
         for name, tensor in self.tensors.items():
             fields |= {f"tensors.{name}.{field}": value for field, value in tensor.to_dict().items()}
-        return fields
+        return {**fields, "view_separator": self.view_separator}
 
 
 def read_field(content: Any, name: str, kind: type, source: Path | str, parent: str = "") -> Any:
@@ -227,6 +260,20 @@ def _read_tensor(entries: dict[str, Any], name: str, source: Path | str) -> Tens
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or value < 1:
         raise DataError(f"{name} must be a positive integer, found {value!r}")
+
+
+def _check_separator(separator: object) -> None:
+    # No digit, or the number of a view would have no clear beginning; no key has a dot or a slash.
+    if (
+        not isinstance(separator, str)
+        or not 0 < len(separator) <= _MAX_SEPARATOR
+        or not separator.isprintable()
+        or any(character.isdigit() or character in "./" for character in separator)
+    ):
+        raise DataError(
+            f"view_separator must be 1 to {_MAX_SEPARATOR} printable characters without digits, '.' and '/', found "
+            f"{str(separator)[:20]!r}"
+        )
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

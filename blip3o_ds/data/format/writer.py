@@ -94,6 +94,7 @@ class DatasetWriter:
                         path.unlink()
                 for path in _complete_shards(dst):
                     self._adopt(path)
+                self._keep_views()
             except OSError as error:
                 raise _write_failed(dst, error) from error
             self._lock = lock.pop_all()  # kept until the `with` block ends
@@ -146,13 +147,25 @@ class DatasetWriter:
 
     def _adopt(self, path: Path) -> None:
         index = ShardIndex.load(index_path(path))
-        if index.spec != self.spec:
+        if differences := index.spec.differences(self.spec.without_views()):
             raise DataError(
                 f"{path} was written with another specification, so it cannot be resumed "
-                f"({index.spec.differences(self.spec)}); choose another folder, or the settings that it began with"
+                f"({differences}); choose another folder, or the settings that it began with"
             )
         self._keys.update(index.keys)
         self._append(path.name, index)
+
+    def _keep_views(self) -> None:
+        """A finished dataset may gain a view separator, but not lose it: its views would be taken for images."""
+        try:
+            stated = Manifest.load(self._dst).spec.view_separator
+        except DataError:  # there is none yet, or it is damaged, and a whole one is written
+            return
+        if stated not in (None, self.spec.view_separator):
+            raise DataError(
+                f"{self._dst / MANIFEST_NAME}: view_separator is {stated!r}, found {self.spec.view_separator!r}; give "
+                "the same, or choose another folder"
+            )
 
     def _finish_shard(self, shard: ShardWriter) -> None:
         self._append(shard.path.name, shard.finish())

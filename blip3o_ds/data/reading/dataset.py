@@ -190,15 +190,14 @@ class EmbeddingDataset:
                 self._open_shards.clear()  # they hold the cache's room, and are opened again when they are needed
             file = self._source.open(info, wait_seconds=_CACHE_WAIT_SECONDS)
         reader = ShardReader(file.path)
-        selection = self.manifest.selection
-        rows = range(len(reader)) if selection is None else selection.rows(reader.keys).tolist()
+        rows = self.manifest.rows(reader.keys)
         found = ShardInfo(info.name, len(rows), reader.index.num_bytes, reader.index.sha256)
-        if found != info or reader.spec != self.manifest.spec:
+        if found != info or reader.spec != self.manifest.spec.without_views():
             raise DataError(
                 f"{reader.path}: its index does not belong to the {MANIFEST_NAME} of {self.location} (the index says "
                 f"{found.num_samples} samples in {found.num_bytes} bytes, the manifest {info.num_samples} in "
                 f"{info.num_bytes}); "
-                + ("copy the dataset again, whole" if selection is None else "split the dataset again")
+                + ("copy the dataset again, whole" if self.manifest.selection is None else "split the dataset again")
             )
         return _OpenShard(reader, rows, file)
 

@@ -44,17 +44,19 @@ def convert(
     token_layout: TokenLayout | None = None,
     dtype: StorageDType = "bf16",
     samples_per_shard: int = 512,
+    view_separator: str | None = None,
 ) -> dict[str, Any]:
     """Convert pickled shards, or another dataset, to a dataset in `dst`; finishes what was interrupted.
 
     `src` is a dataset's folder or URL, one pickle or a folder of `embeddings_shard_00000_patch_only.pkl` (or
     `_cls_patch.pkl`) files, each a dict with `eva_blip3o_embeddings` [S, N, De], `clip_blip3o_embeddings` [S, N, Dc],
     `captions` and `keys`. `token_layout="patch_only"` drops the CLS token of data that have one; None keeps the layout.
+    `view_separator` is stated where the source does not (see `DatasetSpec.image_of`).
     Returns counts, the specification, and under `cost` what the stored dtype does to each tensor (see
     `Distortion.to_dict`; samples found done are not measured again). Raises DataError that names file and field.
     """
     if is_dataset(src):
-        return _recast(src, dst, token_layout, dtype, samples_per_shard)
+        return _recast(src, dst, token_layout, dtype, samples_per_shard, view_separator)
     sources = _find_sources(Path(src), token_layout)
     extra = {"converted_from": [path.name for path in sources]}
     seen: set[str] = set()
@@ -62,12 +64,13 @@ def convert(
         writer: DatasetWriter | None = None
         for path in Progress("convert", len(sources), "files").over(sources):
             shard = _read_shard(path, token_layout, dtype)
+            spec = shard.spec.with_views(view_separator, path)
             if writer is None:
-                writer = stack.enter_context(DatasetWriter(dst, shard.spec, samples_per_shard, extra, resume=True))
+                writer = stack.enter_context(DatasetWriter(dst, spec, samples_per_shard, extra, resume=True))
                 done = writer.done_keys()
-            elif shard.spec != writer.spec:
+            elif spec != writer.spec:
                 raise DataError(
-                    f"{path}: differs from {sources[0].name} ({shard.spec.differences(writer.spec)}); all shards of a "
+                    f"{path}: differs from {sources[0].name} ({spec.differences(writer.spec)}); all shards of a "
                     "dataset must agree, convert them apart"
                 )
             _write_shard(writer, shard, seen, done)
@@ -83,13 +86,19 @@ def is_dataset(src: str | Path) -> bool:
 
 
 def _recast(
-    src: str | Path, dst: str | Path, token_layout: TokenLayout | None, dtype: StorageDType, samples_per_shard: int
+    src: str | Path,
+    dst: str | Path,
+    token_layout: TokenLayout | None,
+    dtype: StorageDType,
+    samples_per_shard: int,
+    view_separator: str | None,
 ) -> dict[str, Any]:
     dataset = EmbeddingDataset(src, token_layout=token_layout)
     if Path(dst).resolve() == Path(src).resolve():
         raise DataError(f"{dst}: source and destination are the same folder; give another destination")
     extra = {**dataset.manifest.extra, "recast_from": dataset.manifest.spec.dtypes}
-    with DatasetWriter(dst, dataset.spec.stored_as(dtype), samples_per_shard, extra, resume=True) as writer:
+    spec = dataset.spec.stored_as(dtype).with_views(view_separator, src)
+    with DatasetWriter(dst, spec, samples_per_shard, extra, resume=True) as writer:
         done = writer.done_keys()
         seen: set[str] = set()
         for shard, size in enumerate(Progress("convert", len(dataset.shard_sizes), "shards").over(dataset.shard_sizes)):

@@ -187,20 +187,19 @@ def _open_index(report: ShardReport, info: ShardInfo, manifest: Manifest) -> Non
     except DataError as error:
         report.index_problems.append(str(error))
         return
-    selected = index.keys if manifest.selection is None else manifest.selection.rows(index.keys)
-    if ShardInfo(info.name, len(selected), index.num_bytes, index.sha256) != info:
+    if ShardInfo(info.name, len(manifest.rows(index.keys)), index.num_bytes, index.sha256) != info:
         report.index_problems.append(f"{path}: its sample count, size or checksum is not the manifest's")
-    if differences := index.spec.differences(manifest.spec):
+    if differences := index.spec.differences(manifest.spec.without_views()):
         report.index_problems.append(f"{path}: its spec differs from the manifest's ({differences})")
     else:
         report.index = index
 
 
 def _walk(walk: TarWalk, manifest: Manifest, report: ShardReport) -> None:
-    spec, selection = manifest.spec, manifest.selection
+    spec = manifest.spec
     first_header: bytes | None = None
     for member in walk:
-        is_selected = selection is None or selection.rows([member.key]).size > 0
+        is_selected = len(manifest.rows([member.key])) > 0
         report.selected += is_selected
         where = f"{report.path}: sample {member.key!r}"
         try:
