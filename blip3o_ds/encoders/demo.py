@@ -32,6 +32,7 @@ TARGET = "efficientnet-lite0-last-block"
 SPLITS = ("train", "heldout_crops", "heldout_images")
 CROP_PIXELS = 512
 SAMPLES_PER_SHARD = 64
+VIEW_SEPARATOR = "_"  # between the name of a photograph and the number of a crop
 _MIN_SCALE = 0.25  # of the short side of the photograph
 
 # Folder in a package -> files. The two motorcycles show one scene from two viewpoints, so both are in one split.
@@ -60,7 +61,7 @@ class Crop:
 
     @property
     def key(self) -> str:
-        return f"{self.image}_{self.number:04d}"
+        return f"{self.image}{VIEW_SEPARATOR}{self.number:04d}"
 
     @property
     def box(self) -> tuple[int, int, int, int]:  # left, top, right and bottom, as in PIL
@@ -104,7 +105,9 @@ def build_demo(
             ImageRecord(crop.key, crop.key, number / len(crops), partial(_load_crop, crop, photographs[crop.image]))
             for number, crop in enumerate(crops, start=1)
         ]
-        result[split] = encode_images(records, dst / split, condition, target, samples_per_shard=SAMPLES_PER_SHARD)
+        result[split] = encode_images(
+            records, dst / split, condition, target, samples_per_shard=SAMPLES_PER_SHARD, view_separator=VIEW_SEPARATOR
+        )
     return {**result, "seconds": time.monotonic() - started}
 
 

@@ -72,5 +72,10 @@ def test_demo_set_is_built_and_not_built_twice(tmp_path, make_encoder, monkeypat
     assert train.read(0, 0).key == "astronaut_0000"
     assert train.meta(0, 0)["caption"] == "astronaut"
     assert {"left", "top", "side", "flip"} <= train.meta(0, 0).keys()
+    for split in demo.SPLITS:
+        dataset = EmbeddingDataset(tmp_path / split)
+        for index in range(len(dataset)):
+            place = dataset.place(index)
+            assert dataset.spec.image_of(dataset.key(*place)) == dataset.meta(*place)["image"]
     with pytest.raises(DataError, match="name another folder"):
         demo.build_demo(tmp_path, seed=1, **sizes)
