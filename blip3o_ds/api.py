@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blip3o_ds.config import EvalConfig, build_run_config
@@ -32,16 +31,19 @@ def load_dataset(folder: str | Path, token_layout: TokenLayout | None = None) ->
     return EmbeddingDataset(folder, token_layout=token_layout)
 
 
-def sample(pretrained: Pretrained, eva: Tensor, indices: Sequence[int] | None = None, **sampler: Any) -> Tensor:
+def sample(
+    pretrained: Pretrained, eva: Tensor, keys: Sequence[str] | None = None, k: int = 0, **sampler: Any
+) -> Tensor:
     """Generate a CLIP embedding for each EVA embedding: `[B, N, De]` -> `[B, N, Dc]` fp32, on the CPU.
 
-    Both are in the space of the stored embeddings; with normalisation `full` the result has unit norm. The `[B]`
-    `indices` (by default 0 to B-1) choose the noise: image i of a dataset gets the same as in `blip3o-ds generate`.
-    `sampler` is any of `steps`, `solver`, `guidance_scale` and `seed`; ConfigError for a value that is not valid.
+    Both are in the space of the stored embeddings; with normalisation `full` the result has unit norm. The B `keys` (by
+    default "0" to "B-1") choose the noise: the image with a key gets, as sample `k`, the same as in `blip3o-ds
+    generate`. `sampler` is any of `steps`, `solver`, `guidance_scale` and `seed`; ConfigError for a value that is not
+    valid.
     """
-    positions = torch.tensor(range(len(eva)) if indices is None else indices, dtype=torch.int64)
+    keys = [str(number) for number in range(len(eva))] if keys is None else keys
     settings = _settings(pretrained, sampler=sampler)
-    return generate_batch(pretrained, eva, positions, settings.sampler).cpu()
+    return generate_batch(pretrained, eva, [(key, k) for key in keys], settings.sampler).cpu()
 
 
 def evaluate(

@@ -64,16 +64,21 @@ def test_every_name_is_there_and_no_other():
 
 
 def test_sample_gives_what_generate_writes(pretrained, dataset, tmp_path):
-    generate(pretrained, dataset, tmp_path / "out", pretrained.config.eval, "x")
-    written = EmbeddingDataset(tmp_path / "out")
-    eva = stack(dataset, "eva")
+    generate(pretrained, dataset, tmp_path / "out", pretrained.config.eval, "x", num_samples=2)
+    eva, clip = stack(dataset, "eva"), stack(EmbeddingDataset(tmp_path / "out"), "clip")
+    keys = [dataset.key(*dataset.place(index)) for index in range(10)]
 
-    together = blip3o_ds.sample(pretrained, eva)
-    last = blip3o_ds.sample(pretrained, eva[7:], indices=[7, 8, 9])
+    together = blip3o_ds.sample(pretrained, eva, keys)
+    last = blip3o_ds.sample(pretrained, eva[7:], keys[7:], k=1)
 
-    clip = stack(written, "clip")
-    torch.testing.assert_close(together, clip)
-    torch.testing.assert_close(last, clip[7:])
+    torch.testing.assert_close(together, clip[::2])
+    torch.testing.assert_close(last, clip[15::2])
+
+
+def test_images_without_keys_have_noise_of_their_own(pretrained, dataset):
+    same = blip3o_ds.sample(pretrained, stack(dataset, "eva")[:1].expand(3, -1, -1))
+
+    assert len(torch.unique(same, dim=0)) == 3
 
 
 def test_evaluate_measures_what_sample_gives(pretrained, dataset):
@@ -81,7 +86,8 @@ def test_evaluate_measures_what_sample_gives(pretrained, dataset):
 
     result = blip3o_ds.evaluate(pretrained, dataset, steps=2, solver="heun", seed=5)
 
-    generated = blip3o_ds.sample(pretrained, eva, steps=2, solver="heun", seed=5)
+    keys = [dataset.key(*dataset.place(index)) for index in range(10)]
+    generated = blip3o_ds.sample(pretrained, eva, keys, steps=2, solver="heun", seed=5)
     assert result.readings["sampled"]["mse"] == pytest.approx(float((generated - clip).square().mean()), rel=1e-5)
     assert (result.space, result.num_samples, result.sampler.steps) == ("raw", 10, 2)
     assert blip3o_ds.evaluate(pretrained, dataset, max_samples=4).num_samples == 4

@@ -108,6 +108,19 @@ def test_generate_writes_a_dataset_that_verifies(command, run_dir, trained, tmp_
     assert not torch.equal(generated.read(0, 3)["clip"], source.read(0, 3)["clip"])
 
 
+def test_processes_share_generate_and_each_takes_whole_shards(command, run_dir, trained, tmp_path, monkeypatch):
+    arguments = ["generate", run_dir, "--data", trained / "held", "--out", tmp_path / "out", "--num_samples", 2]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main([str(argument) for argument in arguments]) == 0
+    monkeypatch.setenv("RANK", "0")
+
+    status, result = command(*arguments)
+
+    assert (status, result["num_samples"], result["written"], result["shards_left"]) == (0, 20, 16, 0)
+    assert EmbeddingDataset(tmp_path / "out").keys(1) == [f"sample_0000{i}_000{k}" for i in (8, 9) for k in (0, 1)]
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_an_exported_model_gives_the_output_of_the_checkpoint(command, run_dir, trained, tmp_path, step):
     status, result = command("export", run_dir, tmp_path / "export", *([] if step == 4 else ["--step", step]))
@@ -144,7 +157,8 @@ def failing_commands(run_dir: Path, trained: Path, tmp_path: Path) -> dict[str, 
         "other dims": (1, "eva_dim is 16, but the model", ["eval", run_dir, "--data", trained / "wide"]),
         "no step": (1, "there is no checkpoint of step 3", ["export", run_dir, tmp_path / "out", "--step", "3"]),
         "full folder": (1, "remove it or give another folder", ["export", run_dir, trained]),
-        "same dataset": (1, "already exists", ["generate", run_dir, *held, "--out", trained / "held"]),
+        "same dataset": (1, "another command wrote", ["generate", run_dir, *held, "--out", trained / "held"]),
+        "zero samples": (2, "num_samples = 0", ["generate", run_dir, *held, "--out", tmp_path, "--num_samples", "0"]),
         "picture nowhere": (1, "nowhere", ["eval", run_dir, *held, "--plot", tmp_path / "nowhere" / "a.png"]),
         "zero steps": (2, "eval.sampler.steps = 0", ["eval", run_dir, *held, "--steps", "0"]),
         "zero batch": (2, "eval.batch_size = 0", ["eval", run_dir, *held, "--batch_size", "0"]),

@@ -6,6 +6,7 @@ A flag that stands for a setting takes type, choices and help from it, and its v
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -13,6 +14,7 @@ from typing import Any
 
 from blip3o_ds.config import SETTINGS, RunConfig, load_run_config, preset_names
 from blip3o_ds.settings import Setting, nearest
+from blip3o_ds.slurm import Place, find_place
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]  # -> its result, for `--json`
 
@@ -40,6 +42,14 @@ def _calling(function: str) -> Command:
         return show(getattr(import_module(f"blip3o_ds.{module}"), name)(**own_arguments(args)))
 
     return run
+
+
+def find_worker() -> tuple[Place, str]:
+    """The place of this process among those that share the work, and the device that it computes on."""
+    import torch
+
+    place, gpus = find_place(os.environ), torch.cuda.device_count()
+    return place, f"cuda:{place.local_rank % gpus}" if gpus else "cpu"
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, flag: str | None = None) -> None:

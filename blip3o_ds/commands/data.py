@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from blip3o_ds.commands.base import add_command, own_arguments, show
+from blip3o_ds.commands.base import add_command, find_worker, own_arguments, show
 from blip3o_ds.config import TokenLayout
 from blip3o_ds.errors import DataError
 
@@ -78,14 +77,10 @@ def run_convert(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_extract(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     from blip3o_ds.encoders.extract import extract
-    from blip3o_ds.slurm import find_place
 
-    place, gpus = find_place(os.environ), torch.cuda.device_count()
+    place, device = find_worker()
     args.token_layout = args.token_layout or "patch_only"
-    device = f"cuda:{place.local_rank % gpus}" if gpus else "cpu"
     return show(extract(**own_arguments(args), device=device, rank=place.rank, world_size=place.world_size))
 
 

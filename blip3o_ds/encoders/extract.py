@@ -6,6 +6,7 @@ kept, and only the rest is done again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -22,17 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_ds.data.format.parts import PartedDataset
 from blip3o_ds.data.format.schema import DatasetSpec, StorageDType, TokenLayout
-from blip3o_ds.data.format.writer import BusyFolder, DatasetWriter
+from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.encoders.encoder import EncoderSpec, PatchEncoder
-from blip3o_ds.encoders.images import ImageRecord, image_parts
-from blip3o_ds.encoders.parts import BROKEN_NAME, Extraction
+from blip3o_ds.encoders.images import ImagePart, ImageRecord, image_parts
 from blip3o_ds.encoders.registry import find_spec, load_encoder
 from blip3o_ds.errors import DataError, EncoderError
 from blip3o_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+BROKEN_NAME = "broken_images.jsonl"
 _SHARDS_PER_PART = 8  # when the source is a folder of files; a tar is one part
 _MAX_DECODE_THREADS = 8
 _MAX_ASPECT_RATIO = 64
@@ -74,9 +76,10 @@ def extract(
         "condition_weights": condition_weights or find_spec(condition).weights,
         "target_weights": target_weights or find_spec(target).weights,
     }
-    job = Extraction(Path(dst), spec, samples_per_shard, weights, parts)
-    todo = job.begin(range(rank, len(parts), world_size))
-    logger.info("process %d of %d has %d of %d parts to encode", rank, world_size, len(todo), len(parts))
+    plan = {"samples_per_shard": samples_per_shard, **weights, "parts_sha256": _digest(parts)}
+    names = [part.name for part in parts]
+    job = PartedDataset(Path(dst), spec, names, "extraction", plan, weights, log_name=BROKEN_NAME)
+    todo = job.begin(rank, world_size)
     counts = _Counts([parts[number].size for number in todo])
     if todo:
         encode = partial(
@@ -90,36 +93,25 @@ def extract(
             view_separator=view_separator,
             counts=counts,
         )
-        _encode_parts(job, todo, counts, encode)
+        job.write(todo, lambda number, folder: _encode_part(parts[number], folder, encode, counts))
     job.finish_if_last()
     return {**counts.summary(), "samples": job.num_samples(), "parts_left": job.parts_left()}
 
 
-def _encode_parts(job: Extraction, todo: Sequence[int], counts: _Counts, encode: Callable[..., dict[str, Any]]) -> None:
-    """Encode the missing parts; one that cannot be read does not stop the others."""
-    failures: list[DataError] = []
-    for number in todo:
-        part = job.parts[number]
-        try:
-            done = encode(part.records(), job.part_folder(number))
-            result = {"samples": done["written"] + done["skipped_existing"], "broken": done["broken"]}
-        except BusyFolder:
-            logger.warning("part %s: another process is writing it", part.name)
-            continue
-        except NothingUsable:
-            result = {"samples": 0}
-        except DataError as error:
-            logger.error("part %s: %s", part.name, error)
-            failures.append(error)
-            continue
-        finally:
-            counts.end_part()
-        job.mark_done(number, result)
-        logger.info("part %s is done; %d of %d parts left in all", part.name, job.parts_left(), len(job.parts))
-    if failures:
-        raise DataError(
-            f"{len(failures)} of {len(todo)} parts could not be encoded, the others are done; the first: {failures[0]}"
-        ) from failures[0]
+def _encode_part(
+    part: ImagePart, folder: Path, encode: Callable[..., dict[str, Any]], counts: _Counts
+) -> dict[str, int]:
+    try:
+        done = encode(part.records(), folder)
+        return {"samples": done["written"] + done["skipped_existing"], "broken": done["broken"]}
+    except NothingUsable:
+        return {"samples": 0}
+    finally:
+        counts.end_part()
+
+
+def _digest(parts: Sequence[ImagePart]) -> str:
+    return hashlib.sha256(json.dumps([(part.name, part.size) for part in parts]).encode()).hexdigest()
 
 
 class NothingUsable(DataError):

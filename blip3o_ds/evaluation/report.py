@@ -1,23 +1,26 @@
 """Evaluates a model by generation on a dataset: its two readings beside two baselines.
 
-The noise of an image depends only on the seed and its index, so batch size and number of ranks change no result.
+The noise of an image depends only on the seed and its key, so neither batch size, number of ranks nor the images around
+it change its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blip3o_ds.config import EvalConfig, SamplerConfig
+from blip3o_ds.data.format.manifest import key_hashes
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import Batch, read_batches, spread_indices
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.metrics import METRICS, Collected, MetricAccumulator
-from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.flow import EVALUATION_STREAM, normals
 from blip3o_ds.flow.solvers import posterior_mean, sample
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.pretrained import Pretrained
@@ -29,7 +32,6 @@ _LABELS = {
     "mean_embedding": "mean embedding",
 }
 READINGS = tuple(_LABELS)
-EVALUATION_POSITIONS = 1 << 40  # past every position of training, so that no noise of training occurs here
 
 Gather = Callable[[Any], list[Any]]  # this rank's object -> every rank's, in rank order
 
@@ -120,10 +122,14 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def evaluation_noise(
-    flow: Flow, indices: Tensor, shape: tuple[int, int], seed: int, device: torch.device | str
+    keys: Sequence[str], k: int, shape: tuple[int, int], seed: int, device: torch.device | str
 ) -> Tensor:
-    """The noise [B, N, D] from which the images at `indices` [B] are generated; `shape` is (N, D)."""
-    return flow.draw(indices + EVALUATION_POSITIONS, shape, seed, device)[0]
+    """The noise [B, N, D] from which sample `k` of the images with these `keys` (B) is generated; `shape` is (N, D).
+
+    Each row is a function of seed, key and `k` alone, and of the kind of device; no row is that of a training step.
+    """
+    positions = torch.from_numpy(key_hashes(keys).astype(np.int64))  # all 64 bits, as the hash reads them again
+    return normals(seed, positions, EVALUATION_STREAM + k, shape, device)
 
 
 @torch.no_grad()
@@ -131,7 +137,7 @@ def _generate(pretrained: Pretrained, batch: Batch, sampler: SamplerConfig) -> t
     """The true embeddings, and the generated ones by reading, in the space of the stored embeddings."""
     model, flow, normalizer, device = pretrained.model, pretrained.flow, pretrained.normalizer, pretrained.device
     eva, clip = normalizer({name: batch[name].to(device).float() for name in ("eva", "clip")}).values()
-    noise = evaluation_noise(flow, batch.positions, (clip.shape[1], clip.shape[2]), sampler.seed, device)
+    noise = evaluation_noise(batch.keys, 0, (clip.shape[1], clip.shape[2]), sampler.seed, device)
     generated = {
         "posterior_mean": posterior_mean(model, flow, eva, noise),
         "sampled": sample(model, flow, eva, noise, sampler),

@@ -6,6 +6,7 @@ run.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,14 @@ class Pretrained:
             if found != expected:
                 raise DataError(f"{folder}: {name} is {found}, but the model was trained with {expected}")
         return dataset
+
+    def weights_sha256(self) -> str:
+        """Hexadecimal SHA-256 of the names and values of the weights, in the precision that they were loaded in."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 def load_pretrained(path: str | Path, device: torch.device | str = "cpu") -> Pretrained:

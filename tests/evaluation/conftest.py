@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,11 +44,12 @@ def config() -> RunConfig:
 def make_dataset(tmp_path: Path) -> Callable[..., EmbeddingDataset]:
     """`make_dataset(eva, clip)`: tensors [n, 9, 6] and [n, 9, 4] as a dataset of fp32 shards of 4."""
 
-    def make(eva: Tensor, clip: Tensor, name: str = "data") -> EmbeddingDataset:
+    def make(eva: Tensor, clip: Tensor, name: str = "data", keys: Sequence[str] | None = None) -> EmbeddingDataset:
         spec = DatasetSpec.pair(eva.shape[1], "patch_only", eva.shape[2], clip.shape[2], "fp32", "made-up", "made-up")
         with DatasetWriter(tmp_path / name, spec, samples_per_shard=4) as writer:
             for i in range(len(eva)):
-                writer.write(f"image_{i:03d}", {"eva": eva[i], "clip": clip[i]}, {"caption": f"caption {i}"})
+                key = f"image_{i:03d}" if keys is None else keys[i]
+                writer.write(key, {"eva": eva[i], "clip": clip[i]}, {"caption": f"caption {i}"})
         return EmbeddingDataset(tmp_path / name)
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from blip3o_ds.baselines import fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
+from blip3o_ds.data.format.manifest import key_hashes
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.errors import Blip3oError
 from blip3o_ds.evaluation.metrics import METRIC_NAMES
@@ -21,6 +23,7 @@ from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
 
 SAMPLER = SamplerConfig(steps=3)
 RAW = Normalizer("minimal")
+KEYS = [f"image_{number:03d}" for number in range(11)]  # of the images that are evaluated
 
 
 @pytest.fixture
@@ -92,7 +95,7 @@ def test_the_two_readings_are_one_step_from_noise_and_the_solvers(setting, confi
     result = setting(model)
 
     eva, clip = setting.eva[30:], setting.clip[30:].double()
-    noise = evaluation_noise(flow, torch.arange(11), (TOKENS, CLIP), SAMPLER.seed, "cpu")
+    noise = evaluation_noise(KEYS, 0, (TOKENS, CLIP), SAMPLER.seed, "cpu")
     with torch.no_grad():
         one_step = model(noise, torch.zeros(11), eva).double()
     sampled = sample(model, flow, eva, noise, SAMPLER).double()
@@ -126,21 +129,43 @@ def test_a_part_is_spread_over_the_set_and_its_images_keep_their_noise(setting, 
     result = setting(model, max_samples=3)
 
     indices = torch.tensor([0, 3, 7])
-    noise = evaluation_noise(flow, torch.arange(11), (TOKENS, CLIP), SAMPLER.seed, "cpu")[indices]
+    noise = evaluation_noise(KEYS, 0, (TOKENS, CLIP), SAMPLER.seed, "cpu")[indices]
     sampled = sample(model, flow, setting.eva[30:][indices], noise, SAMPLER)
     error = (sampled - setting.clip[30:][indices]).double().square().mean()
     assert (result.num_samples, result.dataset_samples) == (3, 11)
     assert result.readings["sampled"]["mse"] == pytest.approx(float(error), rel=1e-5)
 
 
-def test_the_noise_is_another_for_each_seed_and_never_that_of_training():
-    flow = Flow.from_config(FlowConfig())
-    noise = evaluation_noise(flow, torch.arange(50), (4, 4), 0, "cpu")
-    training = flow.draw(torch.arange(50), (4, 4), 0, "cpu")[0]
+def test_the_noise_is_another_for_each_key_sample_and_seed_and_never_that_of_training():
+    keys = [f"image_{number}" for number in range(50)]
+    drawn = [evaluation_noise(keys, k, (4, 4), seed, "cpu") for k, seed in ((0, 0), (1, 0), (0, 1))]
+    drawn.append(Flow.from_config(FlowConfig()).draw(torch.arange(50), (4, 4), 0, "cpu")[0])
+    # Nor where the hash of a key is the position of a training sample.
+    hashes = torch.from_numpy(key_hashes(keys).astype(np.int64))
+    drawn.append(Flow.from_config(FlowConfig()).draw(hashes, (4, 4), 0, "cpu")[0])
 
-    rows = torch.cat([noise, training, evaluation_noise(flow, torch.arange(50), (4, 4), 1, "cpu")]).flatten(1)
+    assert len(torch.unique(torch.cat(drawn).flatten(1), dim=0)) == 250
 
-    assert len(torch.unique(rows, dim=0)) == 150
+
+def test_the_noise_of_an_image_does_not_depend_on_the_others():
+    keys = ["c", "a", "b"]
+    together = evaluation_noise(keys, 2, (4, 4), 9, "cpu")
+    for key, noise in zip(keys, together, strict=True):
+        assert torch.equal(evaluation_noise([key], 2, (4, 4), 9, "cpu")[0], noise)
+
+
+def test_the_noise_is_drawn_with_the_mixed_bits_of_seed_sample_and_key():
+    def mixed(x: int) -> int:  # SplitMix64 in Python's integers
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    for key, k, seed in (("image_7", 3, 5), ("é", 0, 0), ("a", 1, 2**40)):
+        digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+        bits = mixed((mixed((mixed(seed) + 2**32 + k) % 2**64) + digest) % 2**64)
+        expected = torch.empty(4, 6).normal_(generator=torch.Generator().manual_seed(bits))
+        assert torch.equal(evaluation_noise([key], k, (4, 6), seed, "cpu")[0], expected)
 
 
 def test_standardised_embeddings_are_compared_raw(setting):
