@@ -252,12 +252,17 @@ def load_run_config(
     preset; a flag that is None was not given. A ConfigError names the field, its value, what is expected, and the
     nearest valid name.
     """
-    if preset and preset not in preset_names():
-        raise ConfigError(f"model size {preset!r} is unknown{nearest(preset, preset_names())}")
-    files = [PRESETS_DIR / f"{preset}.yaml"] if preset else []
-    files += [Path(config_file)] if config_file is not None else []
+    layers = [preset_settings(preset)] if preset else []
+    layers += [_load_yaml(Path(config_file))] if config_file is not None else []
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    return build_run_config(SETTINGS.merge([*map(_load_yaml, files), given, *map(parse_override, overrides)]))
+    return build_run_config(SETTINGS.merge([*layers, given, *map(parse_override, overrides)]))
+
+
+def preset_settings(preset: str) -> dict[str, Any]:
+    """The settings of a preset as a layer of dotted names; ConfigError for one that does not exist."""
+    if preset not in preset_names():
+        raise ConfigError(f"model size {preset!r} is unknown{nearest(preset, preset_names())}")
+    return _load_yaml(PRESETS_DIR / f"{preset}.yaml")
 
 
 def build_run_config(settings: dict[str, Any]) -> RunConfig:

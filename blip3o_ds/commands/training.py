@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from blip3o_ds.commands.base import add_command, add_config_flags, add_setting, load_config
 from blip3o_ds.config import SETTINGS, preset_names
+from blip3o_ds.errors import ConfigError
 
 SBATCH_NUMBERS = "nodes", "gpus-per-node", "cpus-per-task"
 SBATCH_WORDS = "time", "partition", "account", "job-name"
@@ -35,8 +38,16 @@ def add_training_commands(commands: Any) -> None:
     p.add_argument("--gpu_memory_gb", type=float, default=80, metavar="X", help="of one GPU, for the recommendation")
     p.add_argument("--zero_stage", type=int, default=2, choices=[0, 1, 2, 3])
 
-    p = add_command(commands, "compare", run_compare, "finished runs side by side: settings that differ, and metrics")
-    p.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    p = add_command(commands, "compare", run_compare, "finished runs side by side, or the runs of a matrix of settings")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("runs", metavar="RUN", nargs="*", type=Path, default=[], help="run folders")
+    what.add_argument("--matrix", type=Path, metavar="FILE", help="YAML file: train, evaluate and compare its variants")
+    of_matrix = p.add_argument_group("with --matrix")
+    of_matrix.add_argument("--out", type=Path, metavar="DIR", help="runs and report; default compare_NAME")
+    of_matrix.add_argument("--train", metavar="DIR", help="the training set, in place of the file's")
+    of_matrix.add_argument("--eval", metavar="DIR", action="append", default=[], help="a held-out set; may be repeated")
+    of_matrix.add_argument("--num_processes", metavar="N", type=_positive, help="default: the GPUs, 2 without any")
+    of_matrix.add_argument("--dry_run", action="store_true", help="only print the runs and their steps")
 
     slurm = commands.add_parser("slurm", help="job scripts for SLURM").add_subparsers(required=True, metavar="COMMAND")
     p = add_command(slurm, "render", run_slurm_render, "print scripts/train_clip_repro.job, filled in")
@@ -119,11 +130,36 @@ def _zero_advice(recommended: str | None, needs: dict[str, float]) -> str:
 
 
 def run_compare(args: argparse.Namespace) -> dict[str, Any]:
+    if args.matrix:
+        return _run_matrix(args)
+    for name in ("out", "train", "eval", "num_processes", "dry_run"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name} goes with --matrix, and run folders were given")
     from blip3o_ds.evaluation.compare import compare, format_comparison
 
     comparison = compare(args.runs)
     print(format_comparison(comparison))
     return comparison.to_dict()
+
+
+def _run_matrix(args: argparse.Namespace) -> dict[str, Any]:
+    from blip3o_ds.evaluation.matrix import load_matrix
+    from blip3o_ds.evaluation.matrix_report import REPORT
+    from blip3o_ds.training.matrix import default_processes, plan_tasks, run_matrix
+
+    matrix = load_matrix(args.matrix, args.train, args.eval)
+    out = args.out or Path(f"compare_{matrix.name}")
+    processes = args.num_processes or default_processes()
+    if args.dry_run:
+        tasks = plan_tasks(matrix, out, processes)
+        steps = sum(task.steps - task.done for task in tasks if not task.finished)
+        for task in tasks:
+            print(f"{task.run.name}: {task.state}")
+        print(f"{steps} steps in all, on {processes} processes")
+        return {"runs": {task.run.name: task.state for task in tasks}, "steps": steps, "processes": processes}
+    result = run_matrix(matrix, out, processes, shlex.join(sys.argv))
+    print((out / REPORT).read_text(encoding="utf-8"))
+    return result
 
 
 def run_slurm_render(args: argparse.Namespace) -> dict[str, Any]:

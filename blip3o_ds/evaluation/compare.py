@@ -12,14 +12,15 @@ from typing import Any
 
 from blip3o_ds.config import SETTINGS
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.report import LEGEND, EvalResult, row_label, table
+from blip3o_ds.evaluation.report import LEGEND, READINGS, EvalResult, row_label, table
 from blip3o_ds.files import read_json
+from blip3o_ds.runs.folder import FINAL_SUMMARY, RUN_CONFIG
 from blip3o_ds.settings import flatten
 
 # Paths, which do not change what a run learns.
 _PATHS = ("data.train_dir", "data.eval_dirs", "train.output_dir", "train.deepspeed_config")
-_MODEL_READINGS = ("posterior_mean", "sampled")
-_BASELINES = ("ridge", "mean_embedding")
+MODEL_READINGS = ("posterior_mean", "sampled")
+BASELINES = tuple(name for name in READINGS if name not in MODEL_READINGS)  # depend on the data, not on the run
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,20 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
     folders = {Path(run).resolve().name: Path(run) for run in runs}
     if len(folders) < len(runs):
         raise CheckpointError("two of the runs have the same folder name; rename one")
-    settings = {name: flatten(_read(run, "experiment_config.json", "config")) for name, run in folders.items()}
-    results = {name: _read(run, "final_summary.json", "evaluation") for name, run in folders.items()}
+    settings = {name: flatten(_read(run, RUN_CONFIG, "config")) for name, run in folders.items()}
+    results = {name: read_evaluation(run) for name, run in folders.items()}
     common = [split for split in next(iter(results.values())) if all(split in found for found in results.values())]
     if not common:
         stated = "; ".join(f"{name}: {', '.join(found)}" for name, found in results.items())
         raise CheckpointError(f"the runs have no common split ({stated}); evaluate them with `blip3o-ds eval`")
-    evaluated = {split: {run: EvalResult.from_dict(of[split]) for run, of in results.items()} for split in common}
+    evaluated = {split: {run: of[split] for run, of in results.items()} for split in common}
     return Comparison(_differences(settings), evaluated)
+
+
+def read_evaluation(run: Path) -> dict[str, EvalResult]:
+    """The last evaluation of a finished run, by split; CheckpointError if the folder is not one."""
+    content = _read(run, FINAL_SUMMARY, "evaluation")
+    return {split: EvalResult.from_dict(result) for split, result in content.items()}
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -57,13 +64,13 @@ def format_comparison(comparison: Comparison) -> str:
     runs = list(next(iter(comparison.results.values())))
     lines = ["settings that differ", *_settings_table(comparison.settings, runs)]
     for split, results in comparison.results.items():
-        first = next(iter(results.values()))  # the baselines depend on the data, not on the run
+        first = next(iter(results.values()))
         rows = {
             f"{name}: {row_label(reading, result.sampler)}": result.readings.get(reading, {})
             for name, result in results.items()
-            for reading in _MODEL_READINGS
+            for reading in MODEL_READINGS
         }
-        rows |= {row_label(name, first.sampler): first.readings.get(name, {}) for name in _BASELINES}
+        rows |= {row_label(name, first.sampler): first.readings.get(name, {}) for name in BASELINES}
         lines += ["", *table(f"{split} ({first.num_samples} images)", rows)]
     return "\n".join([*lines, "", LEGEND])
 

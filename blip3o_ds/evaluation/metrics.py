@@ -85,31 +85,33 @@ class Collected:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: the head of its column in tables, and how it is computed."""
+    """One metric: the head of its column in tables, how it is computed, and what comparisons need to know."""
 
     column: str
     compute: Callable[[Collected], Tensor]
+    ideal: float | None = None  # its value for perfect embeddings: the nearest is the best; None: none is better
+    any_length: bool = False  # the same for raw and unit-norm embeddings, so that the two may be compared
 
 
 METRICS = {
     # Without centring, any vector near m has a high similarity.
-    "clip_similarity": Metric("cos", lambda c: c.column("similarity").mean()),
-    "clip_similarity_centered": Metric("cos-c", lambda c: c.column("centered").mean()),
+    "clip_similarity": Metric("cos", lambda c: c.column("similarity").mean(), ideal=1, any_length=True),
+    "clip_similarity_centered": Metric("cos-c", lambda c: c.column("centered").mean(), ideal=1),
     # Shares of the images whose own clip_similarity is above a threshold.
-    "high_quality": Metric(">0.7", lambda c: c.share_above(0.7)),
-    "very_high_quality": Metric(">0.8", lambda c: c.share_above(0.8)),
-    "excellent_quality": Metric(">0.9", lambda c: c.share_above(0.9)),
-    "mse": Metric("mse", lambda c: c.column("mse").mean()),
-    "norm_ratio": Metric("norm", lambda c: _ratio(c.column("norm").mean(), c.column("target_norm").mean())),
+    "high_quality": Metric(">0.7", lambda c: c.share_above(0.7), ideal=1, any_length=True),
+    "very_high_quality": Metric(">0.8", lambda c: c.share_above(0.8), ideal=1, any_length=True),
+    "excellent_quality": Metric(">0.9", lambda c: c.share_above(0.9), ideal=1, any_length=True),
+    "mse": Metric("mse", lambda c: c.column("mse").mean(), ideal=0),
+    "norm_ratio": Metric("norm", lambda c: _ratio(c.column("norm").mean(), c.column("target_norm").mean()), ideal=1),
     # Shares of the generated images whose pooled, centred embedding has the true image as its nearest by cosine, or
     # among its five nearest, of all true images. Ties count against, so a constant output retrieves nothing.
-    "retrieval_r1": Metric("R@1", lambda c: c.share_retrieved(1)),
-    "retrieval_r5": Metric("R@5", lambda c: c.share_retrieved(5)),
+    "retrieval_r1": Metric("R@1", lambda c: c.share_retrieved(1), ideal=1),
+    "retrieval_r5": Metric("R@5", lambda c: c.share_retrieved(5), ideal=1),
     # Squared Fréchet distance between the token distributions as normal ones with diagonal covariance (Dowson & Landau
     # 1982; the FID of Heusel et al. 2017 without covariances).
-    "frechet_diagonal": Metric("frechet", lambda c: c.frechet_diagonal()),
+    "frechet_diagonal": Metric("frechet", lambda c: c.frechet_diagonal(), ideal=0),
     # Mean over channels of the tokens' variance, generated over true.
-    "variance_ratio": Metric("var", lambda c: _ratio(c.variances[0].mean(), c.variances[1].mean())),
+    "variance_ratio": Metric("var", lambda c: _ratio(c.variances[0].mean(), c.variances[1].mean()), ideal=1),
 }
 METRIC_NAMES = tuple(METRICS)
 

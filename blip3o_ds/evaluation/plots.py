@@ -8,8 +8,12 @@ from __future__ import annotations
 import io
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation.report import READINGS, EvalResult, row_label
@@ -61,6 +65,35 @@ def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
     _save(figure, path)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One picture of `plot_panels`: metrics over the steps, and levels that no step changes."""
+
+    title: str
+    curves: dict[tuple[str, str], list[tuple[int, float, float]]]  # (variant, reading) -> (step, mean, spread) by step
+    levels: dict[str, float]  # reading -> value
+
+
+def plot_panels(panels: Sequence[Panel], variants: Sequence[str], columns: int, path: str | Path) -> None:
+    """Panels row by row as a PNG file; a variant has one colour in all of them, a reading one line style."""
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(columns, width=5.5 * columns + 2.5, height=3.0 * rows + 0.4, rows=rows)
+    handles: dict[str, Any] = {}
+    for ax, panel in zip(np.atleast_1d(axes).flat, panels, strict=False):
+        for (variant, reading), points in panel.curves.items():
+            colour, label = f"C{variants.index(variant)}", f"{variant}: {reading}"
+            steps, means, spreads = (np.array(column) for column in zip(*points, strict=True))
+            (handles[label],) = ax.plot(steps, means, color=colour, ls=_STYLES.get(reading, "-."), marker="o", ms=3)
+            ax.fill_between(steps, means - spreads, means + spreads, color=colour, alpha=0.15, lw=0)
+        for number, (reading, value) in enumerate(panel.levels.items()):
+            handles[reading] = ax.axhline(value, color="black", alpha=0.7, lw=1, ls=(0, (1 + 2 * number, 2)))
+        ax.set_title(panel.title, fontsize=10)
+        ax.set_xlabel("step", fontsize=8)
+        ax.grid(alpha=0.3)
+    figure.legend([*handles.values()], [*handles], loc="outside right upper", fontsize=8, frameon=False)
+    _save(figure, path)
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; an incomplete last line, which is still being written, is ignored."""
     try:
@@ -109,11 +142,11 @@ def _evaluation_curves(ax: Axes, lines: list[dict[str, Any]]) -> None:
         ax.legend(fontsize=7)
 
 
-def _figure(panels: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, Any]:
+def _figure(columns: int, width: float, height: float, sharey: bool = False, rows: int = 1) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure  # without pyplot it draws with Agg
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    return figure, figure.subplots(1, panels, sharey=sharey)
+    return figure, figure.subplots(rows, columns, sharey=sharey)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

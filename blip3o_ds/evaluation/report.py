@@ -162,9 +162,11 @@ def row_label(reading: str, sampler: SamplerConfig) -> str:
 
 
 def _cell(value: float | None) -> str:
-    if value is None:
-        return f"{'-':>9}"
-    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.2e}"
+    return f"{'-' if value is None else format_value(value):>9}"
+
+
+def format_value(value: float) -> str:
+    """A metric as tables show it."""
     if 0 < abs(value) < 0.001:
-        text = f"{value:.1e}"
-    return f"{text:>9}"
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.2e}"

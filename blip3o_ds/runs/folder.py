@@ -34,9 +34,14 @@ def create_run(output_dir: Path, config: RunConfig, environment: dict[str, Any])
     return folder
 
 
+def find_runs(output_dir: Path) -> list[Path]:
+    """The runs in `output_dir`, the one that was started last at the end."""
+    return sorted(path for path in output_dir.glob("clip_repro_*") if (path / RUN_CONFIG).is_file())
+
+
 def newest_run(output_dir: Path) -> Path:
     """The run in `output_dir` that was started last."""
-    runs = sorted(path for path in output_dir.glob("clip_repro_*") if (path / RUN_CONFIG).is_file())
+    runs = find_runs(output_dir)
     if not runs:
         raise CheckpointError(f"{output_dir}: there is no run to resume; leave --resume out to start one")
     return runs[-1]

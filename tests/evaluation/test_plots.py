@@ -10,7 +10,7 @@ from blip3o_ds.config import SamplerConfig
 from blip3o_ds.errors import DataError
 from blip3o_ds.evaluation import plots
 from blip3o_ds.evaluation.metrics import METRIC_NAMES
-from blip3o_ds.evaluation.plots import plot_evaluation, plot_training_curve, read_metrics
+from blip3o_ds.evaluation.plots import Panel, plot_evaluation, plot_panels, plot_training_curve, read_metrics
 from blip3o_ds.evaluation.report import READINGS, EvalResult
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -71,6 +71,27 @@ def test_the_curves_go_through_the_lines_of_the_metrics(drawn, metrics_file, tmp
         split, reading = line.get_label().split(": ")
         offset = len(split + reading) / 1000
         assert line.get_xydata().tolist() == [[2, 0.2 + offset], [4, 0.4 + offset]]
+
+
+def test_panels_show_the_means_the_bands_and_the_levels(drawn, tmp_path):
+    points = [(1, 0.5, 0.1), (2, 0.25, 0.2)]
+    panels = [
+        Panel("first", {("a", "sampled"): points, ("b", "sampled"): points}, {"ridge": 0.75}),
+        Panel("second", {("b", "sampled"): points}, {}),
+    ]
+
+    plot_panels(panels, ["a", "b"], 1, tmp_path / "curves.png")
+
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    first, second = drawn[0].axes
+    assert (first.get_title(), second.get_title()) == ("first", "second")
+    assert first.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0.25]]
+    assert set(first.lines[2].get_ydata()) == {0.75}
+    band = first.collections[0].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == pytest.approx((0.05, 0.6))
+    assert first.lines[1].get_color() == second.lines[0].get_color() != first.lines[0].get_color()
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["a: sampled", "b: sampled", "ridge"]
 
 
 def test_a_last_line_still_being_written_is_left_out_and_a_damaged_one_is_an_error(metrics_file):
