@@ -41,9 +41,6 @@ class ModelConfig(Section):
     cross_attention_rope: bool = setting(True, "rotate queries and keys of cross-attention too: both grids are equal")
     norm_eps: float = setting(1e-6, "epsilon of every RMSNorm", gt=0)
     timestep_embed_dim: int = setting(256, "sines and cosines of the timestep, together", ge=2)
-    linear_skip: Literal["none", "zero", "ridge"] = setting(
-        "none", "add a linear map of each EVA token to the output: none, or one that starts at zero or at ridge's"
-    )
 
     @property
     def num_tokens(self) -> int:
@@ -78,9 +75,22 @@ class FlowConfig(Section):
     """The flow from noise to CLIP embeddings; each name is looked up in its table in `blip3o_ds.flow`."""
 
     path: str = setting("linear", "path from noise to data; linear: (1-t) noise + t clip", table=f"{FLOW}.path:PATHS")
-    prediction: str = setting("sample", "output of the network", table=f"{FLOW}.prediction:PREDICTIONS")
-    loss_weight: str = setting("velocity", "quantity that the loss compares", table=f"{FLOW}.prediction:LOSS_WEIGHTS")
-    timestep_law: str = setting("uniform", "distribution of t in training", table=f"{FLOW}.timesteps:TIMESTEP_LAWS")
+    prediction: str = setting(
+        "gaussian",
+        "output of the network; gaussian: what it adds to the linear-Gaussian prior",
+        table=f"{FLOW}.prediction:PREDICTIONS",
+    )
+    loss_weight: str = setting(
+        "posterior",
+        "what the loss compares; posterior: clean embeddings, relative to what the prior leaves open at each t",
+        table=f"{FLOW}.prediction:LOSS_WEIGHTS",
+    )
+    timestep_law: str = setting(
+        "prior",
+        "distribution of t in training; prior: every share of the prior's variance alike, in sampling too",
+        table=f"{FLOW}.timesteps:TIMESTEP_LAWS",
+    )
+    noise_share: float = setting(0.25, "share of the training samples at t = 0, for the posterior mean", ge=0, lt=1)
     logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")
     logit_std: float = setting(1.0, "standard deviation of logit(t), for logit_normal", gt=0)
     timestep_shift: float = setting(1.0, "above 1: more training and sampling near the noise", aliases="shift", gt=0)

@@ -70,7 +70,7 @@ def run_convert(args: argparse.Namespace) -> dict[str, Any]:
 
     result = convert(**own_arguments(args))
     if is_dataset(args.src) and result["source_dtype"] != args.dtype:
-        from blip3o_ds.baselines import ridge_cost
+        from blip3o_ds.baselines.fit import ridge_cost
 
         result["cost"]["ridge"] = ridge_cost(args.src, args.dst, args.token_layout)
     return show(result)

@@ -71,10 +71,10 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_config(args: argparse.Namespace) -> dict[str, Any]:
-    from blip3o_ds.flow.flow import build_flow
+    from blip3o_ds.flow.flow import check_flow
 
     config = load_config(args)
-    build_flow(config)  # a ConfigError names what is unknown
+    check_flow(config)  # a ConfigError names what is unknown
     print(SETTINGS.to_yaml(config))
     return {
         name: {
@@ -91,12 +91,12 @@ def run_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_plan(args: argparse.Namespace) -> dict[str, Any]:
-    from blip3o_ds.flow.flow import build_flow
+    from blip3o_ds.flow.flow import check_flow
     from blip3o_ds.planning.flops import train_flops_per_sample
     from blip3o_ds.planning.memory import count_parameters, estimate_memory, recommend_zero
 
     config = load_config(args)
-    build_flow(config)  # a ConfigError names what is unknown
+    check_flow(config)  # a ConfigError names what is unknown
     train, checkpointing = config.train, config.train.activation_checkpointing
     batch = args.batch_size or (train.micro_batch_size if "micro_batch_size" in train.model_fields_set else 32)
     step: dict[str, Any] = {"world_size": args.gpus, "micro_batch_size": batch, "precision": train.precision}

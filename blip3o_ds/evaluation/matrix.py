@@ -19,7 +19,7 @@ from blip3o_ds.config import SETTINGS, RunConfig, build_run_config, preset_setti
 from blip3o_ds.data.reading.remote import is_remote
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.evaluation.metrics import METRICS
-from blip3o_ds.flow.flow import build_flow
+from blip3o_ds.flow.flow import check_flow
 from blip3o_ds.runs.folder import FINAL_SUMMARY, find_runs, read_run_config
 from blip3o_ds.settings import Section, flatten, nearest
 
@@ -191,7 +191,7 @@ def _check(matrix: Matrix) -> None:
         for name in _DECIDED.keys() & layer.keys():
             raise ConfigError(f"{field}: {name} cannot be set here; {_DECIDED[name]}")
         try:  # each on its own, so that an error of the common settings is not taken for a variant's
-            build_flow(build_run_config(SETTINGS.merge([preset_settings(matrix.preset), matrix.common, layer])))
+            check_flow(build_run_config(SETTINGS.merge([preset_settings(matrix.preset), matrix.common, layer])))
         except ConfigError as error:
             raise ConfigError(f"{field}: {error}") from None
     first, *others = matrix.variants

@@ -5,6 +5,7 @@ Each part is chosen by name from its table when the flow is built; nothing after
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.config import FlowConfig, RunConfig
-from blip3o_ds.errors import ConfigError
 from blip3o_ds.flow.path import PATHS, Path
 from blip3o_ds.flow.prediction import LOSS_WEIGHTS, PREDICTIONS, LossWeight, Model, Prediction
+from blip3o_ds.flow.prior import LinearGaussian
 from blip3o_ds.flow.solvers import SOLVERS
 from blip3o_ds.flow.timesteps import TIMESTEP_LAWS, Timesteps
 from blip3o_ds.settings import choose
@@ -35,60 +36,66 @@ class Flow:
     cond_dropout: float
 
     @classmethod
-    def from_config(cls, config: FlowConfig) -> Flow:
+    def from_config(cls, config: FlowConfig, prior: LinearGaussian) -> Flow:
         """The flow that the settings name; ConfigError if a name is in no table."""
         path = choose(PATHS, config.path, "flow.path")()
-        prediction = choose(PREDICTIONS, config.prediction, "flow.prediction")(path)
-        law = choose(TIMESTEP_LAWS, config.timestep_law, "flow.timestep_law")(config)
+        prediction = choose(PREDICTIONS, config.prediction, "flow.prediction")(path, prior)
+        laws = choose(TIMESTEP_LAWS, config.timestep_law, "flow.timestep_law")(config, path, prior)
         loss_weight = choose(LOSS_WEIGHTS, config.loss_weight, "flow.loss_weight")(config)
-        return cls(path, prediction, Timesteps(law, config.timestep_shift), loss_weight, config.cond_dropout)
+        timesteps = Timesteps(*laws, config.timestep_shift, config.noise_share)
+        return cls(path, prediction, timesteps, loss_weight, config.cond_dropout)
 
     def draw(
         self, positions: Tensor, shape: tuple[int, int], seed: int, device: torch.device | str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """noise `[B, N, Dc]` fp32, t `[B]` fp32 in [0, 1] and drop `[B]` bool, on `device`.
+        """noise `[B, N, Dc]` fp32, t `[B]` fp32 in [0, 1) and drop `[B]` bool, on `device`.
 
         Each row is a function of the seed and its position in the endless order, `[B]` int64; `shape` is `(N, Dc)`.
+        The times of successive positions are spread evenly, whatever the batch and the number of ranks.
         """
-        t = self.timesteps.draw(uniforms(seed, positions, _TIME)).to(device=device, dtype=torch.float32)
+        t = self.timesteps.draw(spread_uniforms(seed, positions, _TIME)).to(device=device, dtype=torch.float32)
         drop = torch.from_numpy(uniforms(seed, positions, _DROP) < self.cond_dropout).to(device)
         return normals(seed, positions, _NOISE, shape, device), t, drop
 
-    def loss(self, model: Model, clip: Tensor, eva: Tensor, noise: Tensor, t: Tensor, drop: Tensor) -> FlowLoss:
+    def loss(
+        self,
+        model: Model,
+        clip: Tensor,
+        eva: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        drop: Tensor,
+        folds: Sequence[int] | None = None,
+    ) -> FlowLoss:
         """Squared error in what the loss weight compares, fp32; `.loss` of the result is the scalar to minimise.
 
-        clip and noise are `[B, N, Dc]`, eva `[B, N, De]`, t `[B]`, drop `[B]` bool.
+        clip and noise are `[B, N, Dc]`, eva `[B, N, De]`, t `[B]`, drop `[B]` bool; `folds` `[B]` as
+        `LinearGaussian.mean` takes them.
         """
         clip, noise = clip.float(), noise.float()
-        x_t = self.path.point(clip, noise, t)
-        output = self.prediction.output(model, x_t, t, eva, drop)
-        target = self.prediction.target(clip, noise, t)
-        return flow_matching_loss(*self.loss_weight(self.prediction, output, target, x_t, t))
-
-    def clean(self, model: Model, x_t: Tensor, t: Tensor, eva: Tensor, drop: Tensor) -> Tensor:
-        """The model's estimate of the clean embedding at x_t, `[B, N, Dc]` fp32; t is `[B]`."""
-        return self.prediction.clean(self.prediction.output(model, x_t, t, eva, drop), x_t, t)
-
-    def sampling_velocity(self, model: Model, x_t: Tensor, time: float, eva: Tensor, drop: Tensor) -> Tensor:
-        """The velocity that a solver follows at x_t, `[B, N, Dc]` fp32: exact, with no floor, for time < 1.
-
-        The floor belongs to the loss: here it would stop short of the data and leave noise in every sample.
-        """
-        t = torch.full((len(x_t),), time, device=x_t.device)
-        clean = self.clean(model, x_t, t, eva, drop)
-        return self.path.velocity_from_clean(clean, x_t, torch.tensor(time, dtype=torch.float64))
+        point, target = self.prediction.training_pair(clip, noise, t, self.prediction.guess(eva, folds))
+        output = self.prediction.output(model, point, eva, drop)
+        return flow_matching_loss(*self.loss_weight(self.prediction, output, target, point))
 
 
-def build_flow(config: RunConfig) -> Flow:
-    """The flow of a run; a ConfigError names a setting that is unknown or does not fit, and what is valid."""
-    flow = Flow.from_config(config.flow)
+def check_flow(config: RunConfig) -> None:
+    """ConfigError, with what is valid, for a part of the flow or a solver that is in no table."""
+    flow = config.flow
+    choose(PATHS, flow.path, "flow.path")
+    choose(PREDICTIONS, flow.prediction, "flow.prediction")
+    choose(TIMESTEP_LAWS, flow.timestep_law, "flow.timestep_law")
+    choose(LOSS_WEIGHTS, flow.loss_weight, "flow.loss_weight")
     choose(SOLVERS, config.eval.sampler.solver, "eval.sampler.solver")
-    if config.model.linear_skip != "none" and not flow.prediction.outputs_clean:
-        raise ConfigError(
-            f"model.linear_skip = {config.model.linear_skip} maps EVA to the clean embedding, and flow.prediction = "
-            f"{config.flow.prediction} does not output it; set flow.prediction to sample or model.linear_skip to none"
-        )
-    return flow
+
+
+def spread_uniforms(seed: int, positions: Tensor, stream: int) -> np.ndarray:
+    """As `uniforms`, but successive positions fill (0, 1) evenly: multiples of the golden ratio, modulo 1.
+
+    Any stretch of G positions has a discrepancy of about log(G) / G (Weyl 1916), so a batch's loss varies less.
+    """
+    steps = positions.detach().cpu().numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    start = _hashes(seed, torch.zeros(1, dtype=torch.int64), stream)
+    return (((start + steps) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def uniforms(seed: int, positions: Tensor, stream: int) -> np.ndarray:

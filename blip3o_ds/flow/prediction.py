@@ -22,134 +22,73 @@ Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x_t, t, eva, drop
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the path, and the prior's guess of where it ends."""
+    """A point of the path in the coordinates of a prediction, and the prior's guess of where it ends."""
 
-    x_t: Tensor  # [B, N, Dc] fp32
+    x: Tensor  # [B, N, Dc] fp32
     t: Tensor  # [B], or a scalar for the whole batch
-    guess: Tensor | None  # [B, N, Dc] fp32; None for a prediction that uses no prior
+    guess: Tensor  # [B, N, Dc] fp32, an embedding; empty for a prediction that uses no prior
 
 
 @dataclass(frozen=True)
 class Prediction(ABC):
-    """The meaning of a network's output `[B, N, Dc]` at a point."""
+    """The meaning of a network's output `[B, N, Dc]` at a point, whose coordinates are x_t unless it says otherwise."""
 
     path: Path
     prior: LinearGaussian
 
-    def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor | None:
+    def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor:
         """What is known of the clean embedding without the network, `[B, N, Dc]`; `folds` as `LinearGaussian.mean`."""
-        return None
+        return eva.new_empty(0)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The coordinates of pure noise, at t = 0."""
+        return noise
+
+    @abstractmethod
+    def training_pair(self, data: Tensor, noise: Tensor, t: Tensor, guess: Tensor) -> tuple[Point, Tensor]:
+        """The point between both ends, and the output there of a network that knows them."""
 
     def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor) -> Tensor:
         """The network's output; the only place that calls the network."""
-        return model(point.x_t, point.t.expand(len(eva)).float(), eva, drop)
-
-    @abstractmethod
-    def target(self, data: Tensor, noise: Tensor, point: Point) -> Tensor:
-        """The output of a network that knows both ends of the path."""
+        return model(point.x, _times(point, eva), eva, drop)
 
     @abstractmethod
     def clean(self, output: Tensor, point: Point) -> Tensor:
         """The clean embedding that the output stands for, fp32."""
 
+    def embedding(self, point: Point) -> Tensor:
+        """x_t."""
+        return point.x
+
+    def displacement(self, output: Tensor, point: Point) -> Tensor:
+        """Clean embedding less x_t, up to a rotation of the channels and what the guess contributes.
+
+        The distance of two of them is that of the clean embeddings; they are parallel to velocities on the linear path.
+        """
+        return self.clean(output, point) - point.x
+
     def loss_velocity(self, output: Tensor, point: Point, floor: float) -> Tensor:
         """The velocity that a loss can compare: it stays finite at t = 1."""
-        return self.path.velocity_from_clean(self.clean(output, point), point.x_t, point.t, floor)
+        return self.path.velocity_from_clean(self.clean(output, point), self.embedding(point), point.t, floor)
 
     def slope(self, output: Tensor, point: Point) -> Tensor:
-        """What a solver holds fixed or averages over a step: here the velocity, exact, for t < 1."""
-        return self.path.velocity_from_clean(self.clean(output, point), point.x_t, point.t)
+        """What a solver averages over a step: here the velocity, exact, for t < 1."""
+        return self.path.velocity_from_clean(self.clean(output, point), point.x, point.t)
 
-    def advance(self, point: Point, slope: Tensor, end: Tensor) -> Tensor:
-        """x at the time `end` when the slope stays as it is from the point on; t and `end` are scalars."""
-        return point.x_t + (end - point.t) * slope
+    def advance(self, x: Tensor, slope: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        """The coordinates at the time `end` when the slope stays as it is; both times are scalars."""
+        return x + (end - start) * slope
 
-
-class GaussianPrediction(Prediction):
-    """The network corrects the flow of the linear-Gaussian prior, which is known exactly.
-
-    In every mode of the prior, with standard deviation s, let `y = (clip - mean) / s` and `tan(angle) = alpha s / sigma`.
-    The path is then a rotation from noise to y, `w = cos(angle) noise + sin(angle) y`, and w is what is left of x_t when
-    its mean and standard deviation under the prior are taken out. The network sees w, and outputs the derivative in the
-    angle, `cos(angle) y - sin(angle) noise` (a preconditioning as that of Karras et al. 2022 and Lu & Song 2024, mode by
-    mode). Everything has unit variance. An output of zero is the prior itself: its posterior mean at every t, and exact
-    samples of it in any number of steps, so training begins there.
-    """
-
-    def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor | None:
-        return self.prior.mean(eva, folds)
-
-    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor) -> Tensor:
-        seen = self.prior.tokens.T @ self._whitened(point)  # as tokens again: the network attends to places
-        return model(seen, point.t.expand(len(eva)).float(), self.prior.standard_eva(eva), drop)
-
-    def target(self, data: Tensor, noise: Tensor, point: Point) -> Tensor:
-        cos, sin = self._rotation(point.t)
-        y = self.prior.to_modes(data - point.guess) / self.prior.std
-        return self.prior.tokens.T @ (cos * y - sin * self.prior.to_modes(noise))
-
-    def clean(self, output: Tensor, point: Point) -> Tensor:
-        cos, sin = self._rotation(point.t)
-        y = sin * self._whitened(point) + cos * self._modes(output)
-        return point.guess + self.prior.from_modes(self.prior.std * y)
-
-    def slope(self, output: Tensor, point: Point) -> Tensor:
-        return self._modes(output)
-
-    def advance(self, point: Point, slope: Tensor, end: Tensor) -> Tensor:
-        w = self._whitened(point) + (self._angle(end) - self._angle(point.t)) * slope
-        return self.path.alpha(end) * point.guess + self.prior.from_modes(self._std(end) * w)
-
-    def _whitened(self, point: Point) -> Tensor:
-        """x_t in modes without the mean and the standard deviation that it has under the prior."""
-        mean = self.path.alpha(per_sample(point.t)) * point.guess
-        return self.prior.to_modes(point.x_t - mean) / self._std(point.t)
-
-    def _modes(self, output: Tensor) -> Tensor:
-        return self.prior.tokens @ output.float()
-
-    def _std(self, t: Tensor) -> Tensor:
-        t = per_sample(t)
-        return (self.path.alpha(t).square() * self.prior.variance + self.path.sigma(t).square()).sqrt()
-
-    def _rotation(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the angle, [B, N, Dc]."""
-        std = self._std(t)
-        t = per_sample(t)
-        return self.path.sigma(t) / std, self.path.alpha(t) * self.prior.std / std
-
-    def _angle(self, t: Tensor) -> Tensor:
-        t = per_sample(t)
-        share = self.path.alpha(t) * self.prior.std
-        return torch.atan2(share, self.path.sigma(t).to(share))
-
-
-class RegressionPrediction(GaussianPrediction):
-    """The network corrects the prior's mean and sees no noise: regression on squared error, a point and no sampler.
-
-    It is there to be compared with: the same network, inputs and budget without a flow.
-    """
-
-    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor) -> Tensor:
-        nothing = torch.zeros_like(point.x_t)
-        return model(nothing, torch.zeros(len(eva), device=eva.device), self.prior.standard_eva(eva), drop)
-
-    def target(self, data: Tensor, noise: Tensor, point: Point) -> Tensor:
-        return self.prior.tokens.T @ (self.prior.to_modes(data - point.guess) / self.prior.std)
-
-    def clean(self, output: Tensor, point: Point) -> Tensor:
-        return point.guess + self.prior.from_modes(self.prior.std * self._modes(output))
-
-    def advance(self, point: Point, slope: Tensor, end: Tensor) -> Tensor:
-        clean = point.guess + self.prior.from_modes(self.prior.std * slope)
-        return clean if end >= 1 else point.x_t
+    def finish(self, point: Point) -> Tensor:
+        """The embedding that a point at t = 1 is."""
+        return point.x
 
 
 class SamplePrediction(Prediction):
     """The network outputs the clean embedding (Li & He 2025, arXiv 2511.13720)."""
 
-    def target(self, data: Tensor, noise: Tensor, point: Point) -> Tensor:
-        return data
+    def training_pair(self, data: Tensor, noise: Tensor, t: Tensor, guess: Tensor) -> tuple[Point, Tensor]:
+        return Point(self.path.point(data, noise, t), t, guess), data
 
     def clean(self, output: Tensor, point: Point) -> Tensor:
         return output.float()
@@ -158,14 +97,105 @@ class SamplePrediction(Prediction):
 class VelocityPrediction(Prediction):
     """The network outputs the velocity (Lipman et al. 2023), which needs no division and so no floor."""
 
-    def target(self, data: Tensor, noise: Tensor, point: Point) -> Tensor:
-        return self.path.velocity(data, noise, point.t)
+    def training_pair(self, data: Tensor, noise: Tensor, t: Tensor, guess: Tensor) -> tuple[Point, Tensor]:
+        return Point(self.path.point(data, noise, t), t, guess), self.path.velocity(data, noise, t)
 
     def clean(self, output: Tensor, point: Point) -> Tensor:
-        return self.path.clean_from_velocity(output.float(), point.x_t, point.t)
+        return self.path.clean_from_velocity(output.float(), point.x, point.t)
 
     def loss_velocity(self, output: Tensor, point: Point, floor: float) -> Tensor:
         return output
+
+
+class GaussianPrediction(Prediction):
+    """The network corrects the flow of the linear-Gaussian prior, which is known exactly.
+
+    In every mode of the prior, with standard deviation s, let `y = (clip - mean) / s` and `tan(a) = alpha s / sigma`.
+    The path is then a rotation from noise to y, `w = cos(a) noise + sin(a) y`, where w is x_t without the mean and the
+    standard deviation that it has under the prior. Coordinates are w in modes. The network sees w as tokens and outputs
+    the derivative in the angle, `cos(a) y - sin(a) noise`: all of unit variance, in every mode (a preconditioning as
+    those of Karras et al. 2022 and Lu & Song 2024, mode by mode). An output of zero is the prior itself, its posterior
+    mean at every t and exact samples of it in any number of steps, so training begins there.
+    """
+
+    def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor:
+        return self.prior.mean(eva, folds)
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.prior.to_modes(noise)
+
+    def training_pair(self, data: Tensor, noise: Tensor, t: Tensor, guess: Tensor) -> tuple[Point, Tensor]:
+        cos, sin = self._rotation(t)
+        y = self.prior.to_modes(data - guess) / self.prior.std
+        noise = self.prior.to_modes(noise)
+        return Point(cos * noise + sin * y, t, guess), self._tokens(cos * y - sin * noise)
+
+    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor) -> Tensor:
+        return model(self._tokens(point.x), _times(point, eva), self.prior.standard_eva(eva), drop)
+
+    def clean(self, output: Tensor, point: Point) -> Tensor:
+        cos, sin = self._rotation(point.t)
+        return point.guess + self.prior.from_modes(self.prior.std * (sin * point.x + cos * self._modes(output)))
+
+    def embedding(self, point: Point) -> Tensor:
+        alpha = self.path.alpha(per_sample(point.t))
+        return alpha * point.guess + self.prior.from_modes(self._std(point.t) * point.x)
+
+    def displacement(self, output: Tensor, point: Point) -> Tensor:
+        cos, sin = self._rotation(point.t)
+        modes = self.prior.std * (sin * point.x + cos * self._modes(output)) - self._std(point.t) * point.x
+        return self._tokens(modes)
+
+    def slope(self, output: Tensor, point: Point) -> Tensor:
+        return self._modes(output)
+
+    def advance(self, x: Tensor, slope: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        return x + (self._angle(end) - self._angle(start)) * slope
+
+    def finish(self, point: Point) -> Tensor:
+        return point.guess + self.prior.from_modes(self.prior.std * point.x)
+
+    def _tokens(self, modes: Tensor) -> Tensor:
+        return self.prior.tokens.T @ modes
+
+    def _modes(self, output: Tensor) -> Tensor:
+        return self.prior.tokens @ output.float()
+
+    def _std(self, t: Tensor) -> Tensor:
+        """Of x_t under the prior, by mode."""
+        t = per_sample(t)
+        return (self.path.alpha(t).square() * self.prior.variance + self.path.sigma(t).square()).sqrt()
+
+    def _rotation(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angle, by mode."""
+        std = self._std(t)
+        t = per_sample(t)
+        return self.path.sigma(t) / std, self.path.alpha(t) * self.prior.std / std
+
+    def _angle(self, t: Tensor) -> Tensor:
+        share = self.path.alpha(t) * self.prior.std
+        return torch.atan2(share, self.path.sigma(t).to(share))
+
+
+class RegressionPrediction(GaussianPrediction):
+    """The network corrects the prior's mean and sees neither noise nor time: regression on squared error, a point.
+
+    It is there to be compared with: the same network, inputs and budget without a flow.
+    """
+
+    def training_pair(self, data: Tensor, noise: Tensor, t: Tensor, guess: Tensor) -> tuple[Point, Tensor]:
+        nothing = torch.zeros_like(noise)
+        return super().training_pair(data, nothing, torch.zeros_like(t), guess)
+
+    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor) -> Tensor:
+        nothing = Point(torch.zeros_like(point.x), torch.zeros_like(point.t), point.guess)
+        return super().output(model, nothing, eva, drop)
+
+    def clean(self, output: Tensor, point: Point) -> Tensor:
+        return point.guess + self.prior.from_modes(self.prior.std * self._modes(output))
+
+    def advance(self, x: Tensor, slope: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        return slope  # the same at every point
 
 
 PREDICTIONS: dict[str, Callable[[Path, LinearGaussian], Prediction]] = {
@@ -175,6 +205,11 @@ PREDICTIONS: dict[str, Callable[[Path, LinearGaussian], Prediction]] = {
     "regression": RegressionPrediction,
 }
 
+
+def _times(point: Point, eva: Tensor) -> Tensor:
+    return point.t.expand(len(eva)).float()
+
+
 # (prediction, output, target, point) -> the two tensors [B, N, Dc] that the loss compares
 LossWeight = Callable[[Prediction, Tensor, Tensor, Point], tuple[Tensor, Tensor]]
 
@@ -182,14 +217,11 @@ LossWeight = Callable[[Prediction, Tensor, Tensor, Point], tuple[Tensor, Tensor]
 def posterior_weight(prediction: Prediction, output: Tensor, target: Tensor, point: Point) -> tuple[Tensor, Tensor]:
     """The error of the clean embedding, divided by what the linear-Gaussian prior leaves of it at this t.
 
-    So the loss is 1 at every t for a network that knows no more than the prior, and every t counts alike. Both tensors
-    are displacements from x_t, which are parallel to velocities on the linear path.
+    So the loss is 1 at every t for a network that knows no more than the prior, and every t counts alike.
     """
-    prior, t = prediction.prior, per_sample(point.t)
-    share = prior.variance * prediction.path.sigma(t).square()
-    left = share / (prediction.path.alpha(t).square() * prior.variance + prediction.path.sigma(t).square())
-    scale = left.mean(dim=(1, 2), keepdim=True).rsqrt()  # t < 1, so something is left
-    return tuple(scale * (prediction.clean(x, point) - point.x_t) for x in (output, target))
+    scale = prediction.prior.left_open(prediction.path, point.t).rsqrt()  # t < 1, so something is left
+    scale = per_sample(scale)
+    return scale * prediction.displacement(output, point), scale * prediction.displacement(target, point)
 
 
 def velocity_weight(

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip3o_ds.flow.path import Path, per_sample
+
 NEIGHBOURS = tuple((row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1))
 
 
@@ -51,9 +53,8 @@ class LinearGaussian:
     eva_mean: Tensor  # [De]
     eva_std: Tensor  # [De], positive
     basis: Tensor  # [De, k], of `Surroundings`
-    clip_mean: Tensor  # [Dc]
-    weight: Tensor  # [De + 9k, Dc]
-    fold_weights: Tensor  # [K, De + 9k, Dc], each fitted without the images of its fold
+    weight: Tensor  # [De + 9k + 1, Dc]: of the features, and a last row that is added to every token
+    fold_weights: Tensor  # [K, De + 9k + 1, Dc], each fitted without the images of its fold
     channels: Tensor  # [Dc, Dc] orthonormal: columns are eigenvectors of the residual's covariance
     variance: Tensor  # [N, Dc] of the modes, positive
 
@@ -87,12 +88,12 @@ class LinearGaussian:
         """
         features = self.surroundings(eva)
         if folds is None:
-            return features @ self.weight + self.clip_mean
-        out = features.new_empty(*features.shape[:-1], len(self.clip_mean))
+            return _affine(features, self.weight)
+        out = features.new_empty(*features.shape[:-1], self.weight.shape[1])
         for fold in sorted(set(folds)):
             rows = [row for row, of in enumerate(folds) if of == fold]
-            out[rows] = features[rows] @ self.fold_weights[fold]
-        return out + self.clip_mean
+            out[rows] = _affine(features[rows], self.fold_weights[fold])
+        return out
 
     def standard_eva(self, eva: Tensor) -> Tensor:
         """eva with zero mean and unit variance in every channel."""
@@ -110,12 +111,22 @@ class LinearGaussian:
         """A draw of the Gaussian around `mean` from standard normal noise, both `[..., N, Dc]`."""
         return mean + self.from_modes(self.std * noise)
 
+    def left_open(self, path: Path, t: Tensor) -> Tensor:
+        """The variance of the clean embedding given x_t, `[B]`: the mean over modes, for t `[B]`."""
+        signal = path.alpha(per_sample(t)).square() * self.variance
+        noise = path.sigma(per_sample(t)).square()
+        return (self.variance * noise / (signal + noise)).mean(dim=(1, 2))
+
     def to(self, device: torch.device | str) -> LinearGaussian:
         """The same on another device."""
         return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _affine(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight[:-1] + weight[-1]
 
 
 def token_modes(num_tokens: int, has_cls: bool) -> Tensor:

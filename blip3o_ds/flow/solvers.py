@@ -1,6 +1,8 @@
 """Generation: the flow's ODE solved from noise (t = 0) to data (t = 1), with classifier-free guidance.
 
-The state is fp32 whatever the model's dtype, and the schedule of times is shifted as the training's timesteps are.
+A solver averages slopes over a step; what a slope is, and where it leads, the prediction says. Guidance (Ho & Salimans
+2022) is `slope_uncond + g (slope_cond - slope_uncond)`; with a prior, it acts on what the network adds to it. The state
+is fp32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.config import SamplerConfig
-from blip3o_ds.flow.prediction import Model
+from blip3o_ds.flow.prediction import Model, Point
 from blip3o_ds.settings import choose
 
 if TYPE_CHECKING:
     from blip3o_ds.flow.flow import Flow  # which imports the table below
 
-Field = Callable[[Tensor, float], Tensor]  # the velocity at (x, t)
-Solver = Callable[[Field, Tensor, float, float], Tensor]  # x at the second time from x at the first
+Slope = Callable[[Tensor, float], Tensor]  # at (x, t)
+Advance = Callable[[Tensor, Tensor, float, float], Tensor]  # (x, slope, start, end) -> x at the end
+Solver = Callable[[Slope, Advance, Tensor, float, float], Tensor]  # x at the second time from x at the first
 
 
 @torch.no_grad()
@@ -30,11 +33,23 @@ def sample(model: Model, flow: Flow, eva: Tensor, noise: Tensor, sampler: Sample
     `noise` is `[B, N, Dc]`, on the model's device. Raises ConfigError if there is no solver of that name.
     """
     step = choose(SOLVERS, sampler.solver, "eval.sampler.solver")
-    field = _guided_field(model, flow, eva, sampler.guidance_scale)
-    x = noise.float()
+    prediction, guess = flow.prediction, flow.prediction.guess(eva, None)
+
+    def slope(x: Tensor, time: float) -> Tensor:
+        point = Point(x, _scalar(time, x), guess)
+        conditional = prediction.slope(prediction.output(model, point, eva, _all(x, False)), point)
+        if sampler.guidance_scale == 1.0:
+            return conditional
+        unconditional = prediction.slope(prediction.output(model, point, eva, _all(x, True)), point)
+        return unconditional + sampler.guidance_scale * (conditional - unconditional)
+
+    def advance(x: Tensor, slope: Tensor, start: float, end: float) -> Tensor:
+        return prediction.advance(x, slope, _scalar(start, x), _scalar(end, x))
+
+    x = prediction.start(noise.float())
     for start, end in pairwise(flow.timesteps.schedule(sampler.steps)):
-        x = step(field, x, start, end)
-    return x
+        x = step(slope, advance, x, start, end)
+    return prediction.finish(Point(x, _scalar(1.0, x), guess))
 
 
 @torch.no_grad()
@@ -43,48 +58,41 @@ def posterior_mean(model: Model, flow: Flow, eva: Tensor, noise: Tensor) -> Tens
 
     It has the least squared error of all outputs and less variety than the data, so it is not a sample of it.
     """
-    noise = noise.float()
-    t = torch.zeros(len(noise), device=noise.device)
-    return flow.clean(model, noise, t, eva, _all(noise, False))
+    prediction = flow.prediction
+    point = Point(prediction.start(noise.float()), _scalar(0.0, noise), prediction.guess(eva, None))
+    return prediction.clean(prediction.output(model, point, eva, _all(noise, False)), point)
 
 
-def euler_step(field: Field, x: Tensor, start: float, end: float) -> Tensor:
+def euler_step(slope: Slope, advance: Advance, x: Tensor, start: float, end: float) -> Tensor:
     """First order, one evaluation."""
-    return x + (end - start) * field(x, start)
+    return advance(x, slope(x, start), start, end)
 
 
-def midpoint_step(field: Field, x: Tensor, start: float, end: float) -> Tensor:
+def midpoint_step(slope: Slope, advance: Advance, x: Tensor, start: float, end: float) -> Tensor:
     """Second order, two evaluations."""
     middle = (start + end) / 2
-    return x + (end - start) * field(euler_step(field, x, start, middle), middle)
+    x_middle = advance(x, slope(x, start), start, middle)
+    return advance(x, slope(x_middle, middle), start, end)
 
 
-def heun_step(field: Field, x: Tensor, start: float, end: float) -> Tensor:
+def heun_step(slope: Slope, advance: Advance, x: Tensor, start: float, end: float) -> Tensor:
     """Second order, two evaluations; the step that reaches the data is Euler's (Karras et al. 2022).
 
     The velocity of a clean-embedding prediction does not exist at t = 1, where x is the prediction itself.
     """
-    slope = field(x, start)
-    x_end = x + (end - start) * slope
+    first = slope(x, start)
+    x_end = advance(x, first, start, end)
     if end >= 1.0:
         return x_end
-    return x + (end - start) * (slope + field(x_end, end)) / 2
+    return advance(x, (first + slope(x_end, end)) / 2, start, end)
 
 
 SOLVERS: dict[str, Solver] = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
 
 
-def _guided_field(model: Model, flow: Flow, eva: Tensor, guidance_scale: float) -> Field:
-    """Velocity with guidance `v = v_uncond + g (v_cond - v_uncond)` (Ho & Salimans 2022); g = 1 needs one forward."""
-
-    def guided(x: Tensor, time: float) -> Tensor:
-        conditional = flow.sampling_velocity(model, x, time, eva, _all(x, False))
-        if guidance_scale == 1.0:
-            return conditional
-        unconditional = flow.sampling_velocity(model, x, time, eva, _all(x, True))
-        return unconditional + guidance_scale * (conditional - unconditional)
-
-    return guided
+def _scalar(time: float, like: Tensor) -> Tensor:
+    """A time in float64, which does not change the dtype of what it is multiplied with."""
+    return torch.tensor(time, dtype=torch.float64, device=like.device)
 
 
 def _all(x: Tensor, value: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip3o_ds.config import ModelConfig
-from blip3o_ds.errors import CheckpointError, ConfigError
+from blip3o_ds.errors import CheckpointError
 from blip3o_ds.files import atomic_write_bytes, atomic_write_json, read_json
 from blip3o_ds.model import layers
 from blip3o_ds.model.positions import RotaryTables
@@ -31,7 +31,7 @@ class DiT(nn.Module):
     """Diffusion transformer over a grid of tokens, conditioned on EVA embeddings of the same grid.
 
     Blocks are self-attention, cross-attention and SwiGLU in sandwich norms with adaLN-zero (Lumina-Next, Zhuo et al.
-    2024). At initialisation every gate and the output projection are zero: the output is zero, or the linear skip.
+    2024). At initialisation every gate and the output projection are zero, so the output is zero.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,7 +49,6 @@ class DiT(nn.Module):
         self.first_norm = layers.RMSNorm(D, eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.clip_out = layers.zero_projection(D, config.clip_dim)
-        self.linear_skip = None if config.linear_skip == "none" else layers.LinearSkip(config.eva_dim, config.clip_dim)
 
     def forward(self, noisy_clip: Tensor, timesteps: Tensor, eva: Tensor, drop: Tensor | None = None) -> Tensor:
         """Predict `[B, N, Dc]` for a batch; inputs are cast to the model's dtype, which the output has.
@@ -68,7 +67,7 @@ class DiT(nn.Module):
         timestep = self.timestep(timesteps)  # [B, D]
         condition = self.condition(eva, drop)  # [B, N, D]
 
-        residual = self.clip_in(noisy_clip)  # [B, N, D]
+        residual = self.clip_in(noisy_clip) + condition  # [B, N, D]: both lie on the same grid
         (scale,) = self.first_modulation(timestep)
         x = self.first_norm(residual, scale)
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
@@ -76,8 +75,7 @@ class DiT(nn.Module):
             inputs = (residual, x, condition, timestep, rope)
             residual, x = checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
 
-        out = self.clip_out(x)
-        return out if self.linear_skip is None else out + self.linear_skip(eva, drop)
+        return self.clip_out(x)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,20 +83,6 @@ class DiT(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
-
-    @torch.no_grad()
-    def set_linear_skip(self, weight: Tensor, eva_mean: Tensor, bias: Tensor) -> None:
-        """Initialise the linear skip with a fitted map, `out = (eva - eva_mean) @ weight.T + bias`.
-
-        weight is `[Dc, De]`, eva_mean `[De]`, bias `[Dc]`; ConfigError if they do not fit the model.
-        """
-        if self.linear_skip is None:
-            raise ConfigError("model.linear_skip = none: the model has no skip to set; choose zero or ridge")
-        for name, value in {"weight": weight, "eva_mean": eva_mean, "bias": bias}.items():
-            own = getattr(self.linear_skip, name)
-            if own.shape != value.shape:
-                raise ConfigError(f"linear skip {name}: expected {list(own.shape)}, found {list(value.shape)}")
-            own.copy_(value)
 
     def save_pretrained(
         self, directory: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32

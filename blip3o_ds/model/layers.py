@@ -141,24 +141,6 @@ class Condition(nn.Module):
         return torch.where(drop[:, None, None], self.null.to(condition.dtype), condition)
 
 
-class LinearSkip(nn.Module):
-    """A per-token linear map from EVA to the output, `(eva - eva_mean) Wᵀ + bias`; dropped samples get the bias."""
-
-    eva_mean: Tensor  # [De]
-
-    def __init__(self, eva_dim: int, clip_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(clip_dim, eva_dim))
-        self.bias = nn.Parameter(torch.zeros(clip_dim))
-        self.register_buffer("eva_mean", torch.zeros(eva_dim))
-
-    def forward(self, eva: Tensor, drop: Tensor | None) -> Tensor:
-        centered = eva - self.eva_mean.to(eva.dtype)
-        if drop is not None:
-            centered = centered.masked_fill(drop[:, None, None], 0.0)
-        return F.linear(centered, self.weight, self.bias)
-
-
 def sinusoids(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Cosines and sines `[B, dim]` fp32 of `1000 t` at geometric frequencies (Vaswani et al. 2017)."""
     half = dim // 2

@@ -30,8 +30,7 @@ def forward_flops(config: ModelConfig) -> tuple[int, int, int]:
     clip_in = 2 * N * config.clip_dim * W
     condition = 2 * N * config.eva_dim * W
     timestep_in = 2 * config.timestep_embed_dim * W
-    linear_skip = 0 if config.linear_skip == "none" else 2 * N * config.eva_dim * config.clip_dim
-    inputs = clip_in + condition + timestep_in + linear_skip
+    inputs = clip_in + condition + timestep_in
     timestep_out = 2 * W * W
     first_modulation = 2 * W * W
     clip_out = 2 * N * W * config.clip_dim

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from blip3o_ds.baselines import Baselines
+from blip3o_ds.baselines.baselines import Baselines
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import CheckpointError, ConfigError, DataError
 from blip3o_ds.files import atomic_folder
-from blip3o_ds.flow.flow import Flow, build_flow
+from blip3o_ds.flow.flow import Flow
 from blip3o_ds.model.dit import CONFIG_NAME, DiT, read_pretrained_config
 from blip3o_ds.runs.checkpoint import find_checkpoint
 from blip3o_ds.runs.folder import BASELINES, CHECKPOINTS, NORMALIZER, RUN_CONFIG, parse_run_config, read_run_config
@@ -84,7 +84,8 @@ def load_pretrained(path: str | Path, device: torch.device | str = "cpu") -> Pre
     dtype = torch.float32 if device.type == "cpu" else _DTYPES[loaded.config.train.precision]
     loaded.model.to(device, dtype).eval().requires_grad_(False)
     logger.info("loaded %s: step %d, %s weights, %s on %s", path, loaded.step, loaded.weights, dtype, device)
-    return replace(loaded, device=device)
+    flow = Flow.from_config(loaded.config.flow, loaded.baselines.prior.to(device))
+    return replace(loaded, flow=flow, device=device)
 
 
 def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
@@ -107,7 +108,7 @@ def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
         }
         loaded.model.save_pretrained(folder, extra=settings)
         loaded.normalizer.save(folder / NORMALIZER)
-        loaded.baselines.save(folder / BASELINES)
+        loaded.baselines.without_folds().save(folder / BASELINES)
 
 
 def _load_run(run: Path, step: int | None = None) -> Pretrained:
@@ -136,6 +137,8 @@ def _load_export(folder: Path) -> Pretrained:
 def _assemble(folder: Path, model: DiT, config: RunConfig, step: int, weights: str) -> Pretrained:
     normalizer, baselines = Normalizer.load(folder / NORMALIZER), Baselines.load(folder / BASELINES)
     try:
-        return Pretrained(model, build_flow(config), normalizer, baselines, config, step, weights)
+        return Pretrained(
+            model, Flow.from_config(config.flow, baselines.prior), normalizer, baselines, config, step, weights
+        )
     except ConfigError as error:
         raise CheckpointError(f"{folder}: its settings are not valid here: {error}") from None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from blip3o_ds.baselines import Baselines, fit_baselines
+from blip3o_ds.baselines.baselines import Baselines
+from blip3o_ds.baselines.fit import fit_baselines
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.bad_samples import BadSamples

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from blip3o_ds.baselines import Baselines
+from blip3o_ds.baselines.baselines import Baselines
 from blip3o_ds.config import RunConfig
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.bad_samples import BadSamples
@@ -22,7 +22,7 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.flow.flow import Flow, build_flow
+from blip3o_ds.flow.flow import Flow, check_flow
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.folder import BAD_SAMPLES, CHECKPOINTS, LOG
@@ -69,7 +69,7 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
     resumed = None
     if resume:
         config, resumed = resumed_config(config, resume)
-    flow = build_flow(config)
+    check_flow(config)
     check_names(config.train)
     with ExitStack() as stack:
         rank, world_size, device = init_distributed(config.train.timeout_seconds)
@@ -86,10 +86,11 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
         if resume:
             config = keep_global_batch(config, folder, world_size)
         normalizer, baselines = prepare_statistics(config, dataset, folder, rank, device)
+        flow = Flow.from_config(config.flow, baselines.prior.to(device))
         splits = open_eval_data(config, dataset, bad_samples)
 
         total_steps = count_steps(config, len(dataset), config.train.global_batch(world_size))
-        engine = Engine(build_model(config, baselines), config.train, total_steps, device)
+        engine = Engine(build_model(config), config.train, total_steps, device)
         loader = stack.enter_context(_open_loader(config, dataset, rank, world_size, device))
         train, checkpoints = config.train, folder / CHECKPOINTS
         saver = CheckpointWriter(
@@ -124,13 +125,11 @@ def count_steps(config: RunConfig, num_samples: int, global_batch: int) -> int:
     return math.ceil(epochs * num_samples / global_batch)
 
 
-def build_model(config: RunConfig, baselines: Baselines) -> DiT:
+def build_model(config: RunConfig) -> DiT:
     """The DiT at its start, the same on every rank."""
     torch.manual_seed(config.train.seed)
     model = DiT(config.model)
     model.activation_checkpointing = config.train.activation_checkpointing
-    if config.model.linear_skip == "ridge":
-        model.set_linear_skip(baselines.ridge_weight, baselines.eva_mean, baselines.clip_mean)
     return model
 
 

@@ -75,7 +75,7 @@ class EmbeddingLoader:
             raise DataError(f"the order covers {order.num_samples} samples, the dataset has {len(dataset)}")
         self.wait_seconds = 0.0  # time that callers spent in next_step waiting for data
         self.samples_per_step = micro_batch_size * gradient_accumulation_steps * world_size
-        self._dataset = dataset
+        self.dataset = dataset
         self._order = order
         self._micro_batch_size = micro_batch_size
         self._share = micro_batch_size * gradient_accumulation_steps
@@ -93,7 +93,7 @@ class EmbeddingLoader:
             raise RuntimeError("the loader is closed")
         if self._ring is None:
             self._ring = StepRing(
-                self._dataset,
+                self.dataset,
                 self._order,
                 start=self._position + self._rank * self._share,
                 stride=self.samples_per_step,
@@ -115,7 +115,7 @@ class EmbeddingLoader:
     @property
     def num_replaced(self) -> int:
         """Reads so far, those ahead included, that were given another sample than the one at their place."""
-        return self._dataset.bad_samples.num_replaced
+        return self.dataset.bad_samples.num_replaced
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and samples handed out so far, over all ranks and epochs; what was only read ahead does not count."""
