@@ -37,6 +37,9 @@ class ModelConfig(Section):
     num_heads: int = setting(12, "query heads of an attention layer", aliases="heads", ge=1)
     num_kv_heads: int = setting(4, "key and value heads; divides num_heads", aliases="kv_heads", ge=1)
     ffn_dim: int = setting(3072, "inner width of the SwiGLU layer", aliases="intermediate_size mlp_dim", ge=1)
+    attention: Literal["full", "none"] = setting(
+        "full", "none: blocks without attention, an MLP of each token by itself, to compare with"
+    )
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", gt=0)
     cross_attention_rope: bool = setting(True, "rotate queries and keys of cross-attention too: both grids are equal")
     norm_eps: float = setting(1e-6, "epsilon of every RMSNorm", gt=0)

@@ -31,7 +31,8 @@ class DiT(nn.Module):
     """Diffusion transformer over a grid of tokens, conditioned on EVA embeddings of the same grid.
 
     Blocks are self-attention, cross-attention and SwiGLU in sandwich norms with adaLN-zero (Lumina-Next, Zhuo et al.
-    2024). At initialisation every gate and the output projection are zero, so the output is zero.
+    2024). EVA's tokens lie on the same grid as CLIP's, so they are also added to them at the start. At initialisation
+    every gate and the output projection are zero, so the output is zero.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -47,7 +48,8 @@ class DiT(nn.Module):
         self.clip_in = layers.projection(config.clip_dim, D, bias=True)
         self.first_modulation = layers.Modulation(D, 1)
         self.first_norm = layers.RMSNorm(D, eps)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        block = TokenBlock if config.attention == "none" else Block
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.clip_out = layers.zero_projection(D, config.clip_dim)
 
     def forward(self, noisy_clip: Tensor, timesteps: Tensor, eva: Tensor, drop: Tensor | None = None) -> Tensor:
@@ -162,6 +164,24 @@ class Block(nn.Module):
         residual, x = self.after_cross_attention(branch, residual, gate_cross, scale_ffn)
         branch = self.ffn(x)
         return self.after_ffn(branch, residual, gate_ffn, scale_next)
+
+
+class TokenBlock(nn.Module):
+    """A block without its two attentions: what it does to a token depends on that token and its condition alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.modulation = layers.Modulation(D, 2)
+        self.ffn = layers.SwiGLU(D, config.ffn_dim)
+        self.after_ffn = layers.Sandwich(D, config.norm_eps)
+
+    def forward(
+        self, residual: Tensor, x: Tensor, condition: Tensor, timestep: Tensor, rope: layers.Rope
+    ) -> tuple[Tensor, Tensor]:
+        """As `Block.forward`; the condition is in the residual stream already."""
+        gate_ffn, scale_next = self.modulation(timestep)
+        return self.after_ffn(self.ffn(x), residual, gate_ffn, scale_next)
 
 
 def read_pretrained_config(directory: str | Path) -> dict[str, Any]:

@@ -24,8 +24,9 @@ def forward_flops(config: ModelConfig) -> tuple[int, int, int]:
     self_attention = 2 * N * W * (W + kv_width) + attention + 2 * N * W * W  # qkv, scores and values, out
     cross_attention = 2 * N * W * W + 2 * N * W * kv_width + attention + 2 * N * W * W  # q, kv, ..., out
     feed_forward = 2 * N * W * 2 * F + 2 * N * F * W  # gate and up, down
-    modulation = 2 * W * 6 * W  # once per sample
-    block = self_attention + cross_attention + feed_forward + modulation
+    block = feed_forward + self_attention + cross_attention + 2 * W * 6 * W  # the modulation, once per sample
+    if config.attention == "none":
+        block = feed_forward + 2 * W * 2 * W
 
     clip_in = 2 * N * config.clip_dim * W
     condition = 2 * N * config.eva_dim * W

@@ -140,7 +140,9 @@ def _activation_bytes(config: ModelConfig, micro_batch_size: int, width: int, ch
     # Channels of a token that the backward pass of an operation reads; a tensor that two operations read counts once.
     attention = 6 * W + 3 * kv  # input, q k v, q k rotated, attention's output, the branch's output, the new residual
     feed_forward = 3 * W + 3 * F  # input, gate and up, their product, the branch's output, the new residual
-    block = tokens * ((2 * attention + feed_forward) * width + 2 * config.num_heads * FP32)  # and the log-sum-exps
+    block = tokens * feed_forward * width
+    if config.attention == "full":
+        block += tokens * (2 * attention * width + 2 * config.num_heads * FP32)  # and the log-sum-exps
     gradients = tokens * (3 * W + 3 * F) * width  # alive at once in the widest part of a block's backward pass
     outside = tokens * 3 * W * width  # condition before and after its norm, the first residual
     if checkpointing:
