@@ -20,7 +20,8 @@ from blip3o_ds.flow.timesteps import TIMESTEP_LAWS, Timesteps
 from blip3o_ds.settings import choose
 from blip3o_kernels import FlowLoss, flow_matching_loss
 
-_TIME, _DROP, _NOISE = range(3)  # independent streams of random numbers of one sample
+# Independent streams of random numbers of one sample; the last is that of baselines which draw samples.
+_TIME, _DROP, _NOISE, BASELINE_NOISE = range(4)
 
 
 @dataclass(frozen=True)
