@@ -5,21 +5,19 @@ It reads only what the runs wrote (`experiment_config.json`, `final_summary.json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blip3o_ds.config import SETTINGS
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.report import LEGEND, EvalResult, row_label, table
+from blip3o_ds.evaluation.report import MODEL_READINGS, EvalResult, legend, row_label, table
 from blip3o_ds.files import read_json
 from blip3o_ds.settings import flatten
 
 # Paths, which do not change what a run learns.
 _PATHS = ("data.train_dir", "data.eval_dirs", "train.output_dir", "train.deepspeed_config")
-_MODEL_READINGS = ("posterior_mean", "sampled")
-_BASELINES = ("ridge", "mean_embedding")
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,25 @@ def format_comparison(comparison: Comparison) -> str:
     runs = list(next(iter(comparison.results.values())))
     lines = ["settings that differ", *_settings_table(comparison.settings, runs)]
     for split, results in comparison.results.items():
-        first = next(iter(results.values()))  # the baselines depend on the data, not on the run
+        first = next(iter(results.values()))
         rows = {
             f"{name}: {row_label(reading, result.sampler)}": result.readings.get(reading, {})
             for name, result in results.items()
-            for reading in _MODEL_READINGS
+            for reading in MODEL_READINGS
         }
-        rows |= {row_label(name, first.sampler): first.readings.get(name, {}) for name in _BASELINES}
+        rows |= {
+            row_label(reading, first.sampler): metrics for reading, metrics in _baselines(results.values()).items()
+        }
         lines += ["", *table(f"{split} ({first.num_samples} images)", rows)]
-    return "\n".join([*lines, "", LEGEND])
+    return "\n".join([*lines, "", legend()])
+
+
+def _baselines(results: Iterable[EvalResult]) -> dict[str, dict[str, float]]:
+    """Each baseline once, of the first run that has it: they depend on the data, not on the run."""
+    found: dict[str, dict[str, float]] = {}
+    for result in results:
+        found = {name: metrics for name, metrics in result.readings.items() if name not in MODEL_READINGS} | found
+    return found
 
 
 def _settings_table(settings: dict[str, dict[str, Any]], runs: list[str]) -> list[str]:
