@@ -34,6 +34,7 @@ DEFAULT_PENALTY = 1e-2  # if there are too few samples to hold any out
 FIT_BATCH = 8  # samples read and multiplied at once
 MAX_FIT_SAMPLES = 2048  # of 256 tokens: 128 tokens per channel of 4096; more take time and change nothing
 COST_SAMPLES = 64  # about 16,000 tokens, four times the channels of EVA-CLIP-8B
+MAX_DIRECTIONS = 16
 _TENSORS = ("eva_mean", "clip_mean", "ridge_weight")
 
 
@@ -56,6 +57,19 @@ class Baselines:
     def predict_ridge(self, eva: Tensor) -> Tensor:
         """`(eva - eva_mean) @ ridge_weight.T + clip_mean`: [B, N, De] -> [B, N, Dc] in fp32."""
         return (eva.float() - self.eva_mean) @ self.ridge_weight.T + self.clip_mean
+
+    def readings(self, eva: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """What each baseline says of eva [B, N, De], by its name: samples [K, B, N, Dc], or one estimate [1, B, N, Dc].
+
+        `noise` [K, B, N, Dc] is standard normal, for baselines that draw samples; these two do not.
+        """
+        return {"ridge": self.predict_ridge(eva)[None], "mean_embedding": self.predict_mean(eva)[None]}
+
+    @property
+    def directions(self) -> Tensor:
+        """The directions of normalised clip tokens along which the ridge varies most, orthonormal [Dc, P], P <= 16."""
+        weight = self.ridge_weight.double()
+        return torch.linalg.eigh(weight @ weight.T).eigenvectors.flip(1)[:, :MAX_DIRECTIONS]
 
     def to(self, device: torch.device | str) -> Baselines:
         """The same on another device."""
