@@ -47,14 +47,20 @@ def sample(
 
 
 def evaluate(
-    pretrained: Pretrained, dataset: EmbeddingDataset, max_samples: int | None = None, **sampler: Any
+    pretrained: Pretrained,
+    dataset: EmbeddingDataset,
+    max_samples: int | None = None,
+    num_samples: int | None = None,
+    **sampler: Any,
 ) -> EvalResult:
-    """Generate the embeddings of `dataset` and compare them with the true ones, next to two baselines.
+    """Generate the embeddings of `dataset` and compare them with the true ones, next to baselines.
 
-    The result holds `readings[reading][metric]`, and what they were computed from: `max_samples` samples (all by
-    default), spread evenly over the dataset. `sampler` is as in `sample`. Raises DataError for an empty dataset.
+    The result holds `readings[reading][metric]`, and what they were computed from: `max_samples` images (all by
+    default), spread evenly over the dataset, and `num_samples` samples of each (the run's setting by default).
+    `sampler` is as in `sample`. Raises DataError for an empty dataset.
     """
-    return report.evaluate(pretrained, dataset, _settings(pretrained, sampler=sampler, max_samples=max_samples))
+    changes = {"max_samples": max_samples} | ({} if num_samples is None else {"num_samples": num_samples})
+    return report.evaluate(pretrained, dataset, _settings(pretrained, sampler=sampler, **changes))
 
 
 def _settings(pretrained: Pretrained, sampler: dict[str, Any], **changes: Any) -> EvalConfig:

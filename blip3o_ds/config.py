@@ -230,7 +230,10 @@ class EvalConfig(Section):
     max_samples: int | None = setting(
         256, "samples of each set that are evaluated during a run; at its end it is all", may_change=True, ge=1
     )
-    batch_size: int = setting(16, "samples generated at once", may_change=True, ge=1)
+    num_samples: int = setting(
+        3, "times that an image is sampled, for scores of the distribution", aliases="samples k", may_change=True, ge=2
+    )
+    batch_size: int = setting(16, "images generated at once", may_change=True, ge=1)
 
 
 class RunConfig(Section):

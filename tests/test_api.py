@@ -90,6 +90,8 @@ def test_evaluate_measures_what_sample_gives(pretrained, dataset):
     generated = blip3o_ds.sample(pretrained, eva, keys, steps=2, solver="heun", seed=5)
     assert result.readings["sampled"]["mse"] == pytest.approx(float((generated - clip).square().mean()), rel=1e-5)
     assert (result.space, result.num_samples, result.sampler.steps) == ("raw", 10, 2)
+    assert result.samples_per_image == pretrained.config.eval.num_samples
+    assert blip3o_ds.evaluate(pretrained, dataset, max_samples=4, num_samples=2).samples_per_image == 2
     assert blip3o_ds.evaluate(pretrained, dataset, max_samples=4).num_samples == 4
 
 

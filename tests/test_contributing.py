@@ -166,7 +166,8 @@ def test_add_a_metric(monkeypatch, dataset):
     truth = torch.stack([dataset.read(*dataset.place(index))["clip"] for index in range(len(dataset))])
     cosines = torch.cosine_similarity(truth, baselines.clip_mean.expand_as(truth), dim=-1).mean(dim=1)
     assert result.readings["mean_embedding"]["worst_similarity"] == pytest.approx(float(cosines.min()), abs=1e-5)
-    assert "worst" in format_table({"data": result})
+    assert "worst" in format_table({"data": result}).splitlines()[1]
+    assert "worst: worst_similarity" in format_table({"data": result})
 
 
 def test_add_a_schedule(monkeypatch):

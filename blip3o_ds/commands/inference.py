@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def add_inference_commands(commands: Any) -> None:
-    p = add_command(commands, "eval", run_eval, "generate on a dataset and measure, beside two baselines")
+    p = add_command(commands, "eval", run_eval, "generate on a dataset and measure, beside baselines")
     p.add_argument("model", metavar="RUN_OR_EXPORT", type=Path)
     p.add_argument("--data", required=True, action="append", metavar="DIR", help="folder or URL; may be repeated")
     add_setting(p, "eval.max_samples", "--max_samples N")
+    add_setting(p, "eval.num_samples", "--num_samples K")
     p.add_argument("--plot", type=Path, metavar="PNG", help="also draw the result")
     _add_sampler(p)
 

@@ -82,6 +82,12 @@ class Normalizer:
         mean, std = self._mean_and_std(name, y)
         return (y.float() * std + mean).to(y.dtype)
 
+    def scale(self, name: str, y: Tensor) -> Tensor:
+        """By how much `inverse` stretches each channel of y, [..., D]: [D]."""
+        return (
+            torch.ones(y.shape[-1], device=y.device) if self.mode != "standardize" else self._mean_and_std(name, y)[1]
+        )
+
     def _normalize(self, name: str, x: Tensor) -> Tensor:
         if self.mode == "minimal":
             return x

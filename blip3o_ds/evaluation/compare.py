@@ -5,22 +5,20 @@ It reads only what the runs wrote (`experiment_config.json`, `final_summary.json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blip3o_ds.config import SETTINGS
 from blip3o_ds.errors import CheckpointError
-from blip3o_ds.evaluation.report import LEGEND, READINGS, EvalResult, row_label, table
+from blip3o_ds.evaluation.report import MODEL_READINGS, EvalResult, legend, row_label, table
 from blip3o_ds.files import read_json
 from blip3o_ds.runs.folder import FINAL_SUMMARY, RUN_CONFIG
 from blip3o_ds.settings import flatten
 
 # Paths, which do not change what a run learns.
 _PATHS = ("data.train_dir", "data.eval_dirs", "train.output_dir", "train.deepspeed_config")
-MODEL_READINGS = ("posterior_mean", "sampled")
-BASELINES = tuple(name for name in READINGS if name not in MODEL_READINGS)  # depend on the data, not on the run
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,19 @@ def format_comparison(comparison: Comparison) -> str:
             for name, result in results.items()
             for reading in MODEL_READINGS
         }
-        rows |= {row_label(name, first.sampler): first.readings.get(name, {}) for name in BASELINES}
+        rows |= {
+            row_label(reading, first.sampler): metrics for reading, metrics in _baselines(results.values()).items()
+        }
         lines += ["", *table(f"{split} ({first.num_samples} images)", rows)]
-    return "\n".join([*lines, "", LEGEND])
+    return "\n".join([*lines, "", legend()])
+
+
+def _baselines(results: Iterable[EvalResult]) -> dict[str, dict[str, float]]:
+    """Each baseline once, of the first run that has it: they depend on the data, not on the run."""
+    found: dict[str, dict[str, float]] = {}
+    for result in results:
+        found = {name: metrics for name, metrics in result.readings.items() if name not in MODEL_READINGS} | found
+    return found
 
 
 def _settings_table(settings: dict[str, dict[str, Any]], runs: list[str]) -> list[str]:

@@ -28,6 +28,8 @@ from blip3o_ds.flow.solvers import sample
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.pretrained import Pretrained
 
+VIEW_SEPARATOR = "_"  # between an image's key and the number of a sample, unless the source has another one
+
 
 def generate(
     pretrained: Pretrained,
@@ -43,8 +45,9 @@ def generate(
     """Generate `num_samples` embeddings for every image of `dataset` and write them as the dataset `dst`.
 
     Shard i of `dst` holds what was generated for shard i of the source, in its order. With several samples an image,
-    they follow each other under the keys `<key>_0000`, `<key>_0001`, …; a single one has the image's key. The noise
-    depends only on the sampler's seed, the image's key and the number of the sample, and is that of `evaluate`.
+    they follow each other as views of it (see `DatasetSpec.image_of`) under the keys `<key>_0000`, `<key>_0001`, …,
+    with the view separator of `dataset` if it has one; a single one has the image's key. The noise depends only on the
+    sampler's seed, the image's key and the number of the sample, and is that of `evaluate`.
     Embeddings are raw ones, except with normalisation `full`, which cannot be inverted. Every sample's metadata gain
     `generated`: solver, steps, guidance scale, seed, normalisation, `source`, the name of the model, and `sample`, the
     number of the sample.
@@ -69,7 +72,9 @@ def generate(
         "data": _identity(dataset),
     }
     shards = [info.name for info in dataset.manifest.shards[: len(dataset.shard_sizes)]]
-    spec = dataset.spec  # several samples of an image are its views, which a view separator would say here
+    spec = dataset.spec
+    if num_samples > 1:  # which are views of the image
+        spec = spec.with_views(spec.view_separator or VIEW_SEPARATOR, dataset.location)
     job = PartedDataset(Path(dst), spec, shards, "generation", plan, {"generated": facts})
     todo = job.begin(rank, world_size)
     generation = _Generation(pretrained, dataset, spec, settings, num_samples, facts, todo)
@@ -149,8 +154,11 @@ class _Generation:
             self._progress.at(self.written)
 
     def _sample_key(self, key: str, k: int) -> str:
-        """Distinct for distinct (key, k), since nothing but digits follows the last separator."""
-        return key if self._num_samples == 1 else f"{key}_{k:04d}"
+        """Distinct for distinct (key, k). A view's number goes on in it, so that the image stays the photograph."""
+        if self._num_samples == 1:
+            return key
+        is_view = self._spec.image_of(key) != key
+        return f"{key}{'' if is_view else self._spec.view_separator}{k:04d}"
 
 
 def _identity(dataset: EmbeddingDataset) -> str:

@@ -24,13 +24,9 @@ from blip3o_ds.runs.folder import FINAL_SUMMARY, find_runs, read_run_config
 from blip3o_ds.settings import Section, flatten, nearest
 
 # The columns of a report unless the file names others: those first that a collapsed sampler cannot win.
-DEFAULT_METRICS = tuple(
-    name
-    for name in (
-        *("energy_score", "spread_skill", "frechet", "clip_similarity", "clip_similarity_centered"),
-        *("mse", "norm_ratio", "variance_ratio", "retrieval_r1"),
-    )
-    if name in METRICS
+DEFAULT_METRICS = (
+    *("energy_score", "spread_skill", "mean_error", "frechet", "clip_similarity", "clip_similarity_centered"),
+    *("mse", "norm_ratio", "variance_ratio", "retrieval_r1"),
 )
 # Settings that the bench decides itself, and where it takes them from.
 _DECIDED = {

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip3o_ds.evaluation.compare import BASELINES, MODEL_READINGS
 from blip3o_ds.evaluation.document import Block, Cell, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from blip3o_ds.evaluation.matrix_results import Bench, Readings, Stat
 from blip3o_ds.evaluation.metrics import METRICS
 from blip3o_ds.evaluation.plots import Panel, plot_panels
-from blip3o_ds.evaluation.report import row_label
+from blip3o_ds.evaluation.report import MODEL_READINGS, row_label
 from blip3o_ds.files import atomic_write_bytes, atomic_write_json
 from blip3o_ds.progress import format_duration
 
@@ -145,7 +144,7 @@ def _baseline_rows(bench: Bench, split: str, stats: dict[str, Readings]) -> list
     """A row for each baseline, or several where it is not the same for all variants, as in other embedding spaces."""
     rows = []
     sampler = next(iter(bench.examples(split).values())).sampler
-    for baseline in BASELINES:
+    for baseline in bench.baselines(split):
         variants: dict[tuple[str, ...], list[str]] = {}  # values as shown -> those that have them
         for variant, readings in stats.items():
             if found := readings.get(baseline):
@@ -176,7 +175,9 @@ def _panels(bench: Bench) -> list[Panel]:
                 if (points := bench.curve(split, variant, reading, metric))
             }
             first = bench.readings(split, variants[0]) if variants else {}
-            levels = {name: first[name][metric].mean for name in BASELINES if metric in first.get(name, {})}
+            levels = {
+                name: first[name][metric].mean for name in bench.baselines(split) if metric in first.get(name, {})
+            }
             panels.append(Panel(f"{split}: {metric}", curves, levels))
     return panels
 

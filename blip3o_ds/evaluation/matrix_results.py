@@ -1,6 +1,6 @@
 """What the runs of a matrix gave: each metric's mean and spread over the seeds, and how it moved over the steps.
 
-It reads only what runs and launches wrote, and knows no metric and no reading by name.
+It reads only what runs and launches wrote, and knows no metric and no baseline by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from blip3o_ds.evaluation.compare import read_evaluation
 from blip3o_ds.evaluation.matrix import Matrix, PlannedRun
 from blip3o_ds.evaluation.metrics import METRICS
 from blip3o_ds.evaluation.plots import read_metrics
-from blip3o_ds.evaluation.report import EvalResult, format_value
+from blip3o_ds.evaluation.report import MODEL_READINGS, EvalResult, format_value
 from blip3o_ds.files import read_json
 from blip3o_ds.runs.folder import METRICS as METRICS_FILE
 from blip3o_ds.runs.folder import read_run_config
@@ -134,6 +134,11 @@ class Bench:
             }
             for reading in _common(found)
         }
+
+    def baselines(self, split: str) -> list[str]:
+        """The readings that any variant has besides the model's."""
+        found = [reading for variant in self.matrix.variants for reading in self.readings(split, variant)]
+        return [reading for reading in dict.fromkeys(found) if reading not in MODEL_READINGS]
 
     def comparable(self, split: str, metric: str) -> list[str]:
         """The finished variants whose values of `metric` may be compared with those of the first of them.

@@ -1,12 +1,12 @@
-"""How close generated embeddings are to the true ones: similarity, error, retrieval, and distribution.
+"""How good generated embeddings are: proper scores of K samples an image, distribution, similarity and retrieval.
 
-Sums are kept in float64 and per image, so that several ranks together give exactly the metrics of one.
+Sums are kept in float64 and per image, so that several ranks together give the metrics of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from blip3o_ds.errors import Blip3oError
+from blip3o_ds.evaluation.scores import frechet_distance, length, score_coverage, score_samples
 
-# Of each image, means over tokens: cos(g, c), where the cosine with a zero vector is 0; cos(g - m, c - m); the squared
-# error; the norm of g and of c.
-PER_IMAGE = ("similarity", "centered", "mse", "norm", "target_norm")
+# For each image: the scores of its K samples (see `scores`), then, of its first sample g, means over tokens: cos(g, c),
+# where the cosine with a zero vector is 0; cos(g - m, c - m); the squared error; the norm of g and of c.
+PER_IMAGE = (
+    *("energy", "energy_pooled", "energy_whole", "spread", "mean_error", "coverage"),
+    *("similarity", "centered", "mse", "norm", "target_norm"),
+)
 CENTRING_TOLERANCE = 1e-6  # a difference this small relative to its operands is rounding of fp32, not a direction
 TIE_TOLERANCE = 1e-9  # cosines in float64 that differ by less are equal
 RETRIEVAL_CHUNK = 1024  # rows of the similarity matrix in memory at once
@@ -25,28 +29,34 @@ RETRIEVAL_CHUNK = 1024  # rows of the similarity matrix in memory at once
 
 @dataclass(frozen=True)
 class Collected:
-    """What the metrics are computed from: g are the generated token embeddings, c the true ones, m their mean."""
+    """What the metrics are computed from: g are the first samples' tokens, c the true ones, m their training mean."""
 
-    per_image: Tensor  # [images, 5] float64: the columns `PER_IMAGE`
+    per_image: Tensor  # [images, 11] float64: the columns `PER_IMAGE`
     pooled: Tensor  # [images, 2, D] mean over tokens of g - m and c - m
-    channel_sums: Tensor  # [4, D] float64, over all tokens: g - m, (g - m)^2, c - m, (c - m)^2
+    token_sums: Tensor  # [2, D] float64, over all tokens, of g - m and c - m
+    token_products: Tensor  # [2, D, D] float64, over all tokens, of (g - m) (g - m)^T and (c - m) (c - m)^T
     num_tokens: int
 
     @staticmethod
     def join(parts: Sequence[Collected]) -> Collected:
-        """What was collected over disjoint images, by batches or by ranks."""
+        """What was collected over disjoint images, by several ranks."""
         return Collected(
             torch.cat([part.per_image for part in parts]),
             torch.cat([part.pooled for part in parts]),
-            sum((part.channel_sums for part in parts), torch.zeros_like(parts[0].channel_sums)),
+            sum((part.token_sums for part in parts[1:]), parts[0].token_sums),
+            sum((part.token_products for part in parts[1:]), parts[0].token_products),
             sum(part.num_tokens for part in parts),
         )
 
     def compute(self) -> dict[str, float]:
-        """Every one of `METRICS`; a ratio whose denominator is zero is 0. Raises Blip3oError if there is no image."""
+        """The `METRICS`, without those that these images do not determine; a ratio whose denominator is zero is 0.
+
+        Raises Blip3oError if there is no image.
+        """
         if len(self.per_image) == 0:
             raise Blip3oError("there is no image to evaluate; the dataset, or the chosen part of it, is empty")
-        return {name: float(metric.compute(self)) for name, metric in METRICS.items()}
+        computed = {name: metric.compute(self) for name, metric in METRICS.items()}
+        return {name: float(value) for name, value in computed.items() if value is not None}
 
     def column(self, name: str) -> Tensor:
         return self.per_image[:, PER_IMAGE.index(name)]
@@ -64,19 +74,44 @@ class Collected:
 
     @cached_property
     def means(self) -> Tensor:
-        """Mean of each channel of g and c, relative to m, [2, D]."""
-        return self.channel_sums[0::2] / self.num_tokens
+        """Mean of the tokens g and c, relative to m, [2, D]."""
+        return self.token_sums / self.num_tokens
+
+    @cached_property
+    def covariances(self) -> Tensor:
+        """Covariance of the tokens g and c, [2, D, D]."""
+        return self.token_products / self.num_tokens - self.means[:, :, None] * self.means[:, None, :]
 
     @cached_property
     def variances(self) -> Tensor:
         """Variance of each channel of g and c, [2, D]."""
-        return (self.channel_sums[1::2] / self.num_tokens - self.means.square()).clamp(min=0)
+        return self.covariances.diagonal(dim1=1, dim2=2).clamp(min=0)
+
+    def spread_skill(self) -> Tensor | None:
+        """None if there is a spread, but no error of the mean beyond what the spread explains."""
+        spread, error = self.column("spread").mean(), self.column("mean_error").mean()
+        return None if spread > 0 and error <= 0 else _ratio(spread, 2 * error)
+
+    def coverage(self) -> Tensor | None:
+        """None of point estimates, and without directions."""
+        covered = self.column("coverage").mean()
+        return None if covered.isnan() else covered
 
     def share_above(self, threshold: float) -> Tensor:
         return (self.column("similarity") > threshold).double().mean()
 
     def share_retrieved(self, k: int) -> Tensor:
         return (self.rank < k).double().mean()
+
+    def frechet_pooled(self) -> Tensor | None:
+        """None of too few images for a covariance."""
+        images, _, D = self.pooled.shape
+        if images <= D:
+            return None
+        sides = self.pooled.double().transpose(0, 1)  # [2, images, D]
+        means = sides.mean(dim=1)
+        deviations = sides - means[:, None]
+        return frechet_distance(means, deviations.mT @ deviations / images)
 
     def frechet_diagonal(self) -> Tensor:
         mean_gap, std_gap = self.means.diff(dim=0), self.variances.sqrt().diff(dim=0)
@@ -87,29 +122,40 @@ class Collected:
 class Metric:
     """One metric: the head of its column in tables, how it is computed, and what comparisons need to know."""
 
-    column: str
-    compute: Callable[[Collected], Tensor]
-    ideal: float | None = None  # its value for perfect embeddings: the nearest is the best; None: none is better
+    column: str | None  # None: it is only in JSON
+    compute: Callable[[Collected], Tensor | None]  # None: these images do not determine it
+    ideal: float | None = None  # its best value: the nearest to it is the best; None: none is better
     any_length: bool = False  # the same for raw and unit-norm embeddings, so that the two may be compared
 
 
 METRICS = {
+    # A strictly proper score: its expectation is least for samples of the right distribution, and for no others.
+    "energy_score": Metric("energy", lambda c: c.column("energy").mean(), ideal=0),
+    "energy_score_pooled": Metric(None, lambda c: c.column("energy_pooled").mean(), ideal=0),
+    "energy_score_whole": Metric(None, lambda c: c.column("energy_whole").mean(), ideal=0),
+    # E|s-s'|^2 over twice the squared error of the mean, of tokens: 1 is calibrated, less is overconfident.
+    "spread_skill": Metric("spread", lambda c: c.spread_skill(), ideal=1),
+    "mean_error": Metric("error", lambda c: c.column("mean_error").mean(), ideal=0),
+    # Squared Fréchet distance between the distributions of tokens, and of pooled images, as normal ones (Dowson &
+    # Landau 1982; Heusel et al. 2017), of the first samples: its bias depends on how many tokens there are.
+    "frechet": Metric("frechet", lambda c: frechet_distance(c.means, c.covariances), ideal=0),
+    "frechet_pooled": Metric(None, lambda c: c.frechet_pooled(), ideal=0),
+    "coverage": Metric("cover", lambda c: c.coverage(), ideal=1),
     # Without centring, any vector near m has a high similarity.
     "clip_similarity": Metric("cos", lambda c: c.column("similarity").mean(), ideal=1, any_length=True),
     "clip_similarity_centered": Metric("cos-c", lambda c: c.column("centered").mean(), ideal=1),
     # Shares of the images whose own clip_similarity is above a threshold.
-    "high_quality": Metric(">0.7", lambda c: c.share_above(0.7), ideal=1, any_length=True),
+    "high_quality": Metric(None, lambda c: c.share_above(0.7), ideal=1, any_length=True),
     "very_high_quality": Metric(">0.8", lambda c: c.share_above(0.8), ideal=1, any_length=True),
-    "excellent_quality": Metric(">0.9", lambda c: c.share_above(0.9), ideal=1, any_length=True),
-    "mse": Metric("mse", lambda c: c.column("mse").mean(), ideal=0),
+    "excellent_quality": Metric(None, lambda c: c.share_above(0.9), ideal=1, any_length=True),
+    "mse": Metric(None, lambda c: c.column("mse").mean(), ideal=0),
     "norm_ratio": Metric("norm", lambda c: _ratio(c.column("norm").mean(), c.column("target_norm").mean()), ideal=1),
     # Shares of the generated images whose pooled, centred embedding has the true image as its nearest by cosine, or
     # among its five nearest, of all true images. Ties count against, so a constant output retrieves nothing.
     "retrieval_r1": Metric("R@1", lambda c: c.share_retrieved(1), ideal=1),
     "retrieval_r5": Metric("R@5", lambda c: c.share_retrieved(5), ideal=1),
-    # Squared Fréchet distance between the token distributions as normal ones with diagonal covariance (Dowson & Landau
-    # 1982; the FID of Heusel et al. 2017 without covariances).
-    "frechet_diagonal": Metric("frechet", lambda c: c.frechet_diagonal(), ideal=0),
+    # The Fréchet distance of tokens without their correlations.
+    "frechet_diagonal": Metric(None, lambda c: c.frechet_diagonal(), ideal=0),
     # Mean over channels of the tokens' variance, generated over true.
     "variance_ratio": Metric("var", lambda c: _ratio(c.variances[0].mean(), c.variances[1].mean()), ideal=1),
 }
@@ -117,75 +163,95 @@ METRIC_NAMES = tuple(METRICS)
 
 
 class MetricAccumulator:
-    """Collects generated and true embeddings batch by batch; `payload` is what it has, to be joined with other ranks'.
+    """Collects samples and true embeddings batch by batch; `payload` is what it has, to be joined with other ranks'.
 
-    `train_mean` is m, [D]; `label` names the generated embeddings in errors.
+    `train_mean` is m, [D]; `directions` [D, P] are those of `coverage`, the same on every rank; `label` names the
+    samples in errors.
     """
 
-    def __init__(self, train_mean: Tensor, label: str = "generated") -> None:
-        self._mean = train_mean.detach().double().cpu()
+    def __init__(self, train_mean: Tensor, directions: Tensor | None = None, label: str = "generated") -> None:
+        self._mean = train_mean.detach().double()
+        self._directions = None if directions is None else directions.detach().double()
         self._label = label
         D = len(train_mean)
-        nothing = torch.zeros(0, len(PER_IMAGE), dtype=torch.float64)
-        self._parts = [Collected(nothing, torch.zeros(0, 2, D), torch.zeros(4, D, dtype=torch.float64), 0)]
+        self._per_image = [torch.zeros(0, len(PER_IMAGE), dtype=torch.float64)]
+        self._pooled = [torch.zeros(0, 2, D)]
+        self._sums = torch.zeros(2, D, dtype=torch.float64)
+        self._products = torch.zeros(2, D, D, dtype=torch.float64)
+        self._num_tokens = 0
 
-    def update(self, generated: Tensor, target: Tensor, indices: Tensor | Sequence[int] | None = None) -> None:
-        """Add a batch of images, `generated` and `target` [B, N, D]; `indices` [B] name the images in errors.
+    def update(self, samples: Tensor, target: Tensor, names: Sequence[str]) -> None:
+        """Add a batch of images: K samples of each, [K, B, N, D], and `target` [B, N, D]; `names` [B] are for errors.
 
         Raises ValueError for other shapes, and Blip3oError for an embedding that is not finite, with its image.
         """
         D = len(self._mean)
-        if generated.shape != target.shape or target.ndim != 3 or target.shape[-1] != D:
+        if samples.shape[1:] != target.shape or samples.ndim != 4 or target.shape[-1] != D:
             raise ValueError(
-                f"expected generated and target of one shape [B, N, {D}], "
-                f"found {list(generated.shape)} and {list(target.shape)}"
+                f"expected samples [K, B, N, {D}] and target [B, N, {D}], "
+                f"found {list(samples.shape)} and {list(target.shape)}"
             )
-        first = sum(len(part.per_image) for part in self._parts)
-        numbers = range(first, first + len(target)) if indices is None else [int(i) for i in indices]
-        _check_finite(self._label, generated, numbers)
-        _check_finite("true", target, numbers)
+        _check_finite(self._label, samples, names)
+        _check_finite("true", target[None], names)
+        self._add(samples.detach(), target.detach())
 
-        mean = self._mean.to(target.device)
-        generated, target = generated.detach().double(), target.detach().double()
-        per_image = (
-            _cosine(generated, target).mean(dim=1),
-            _cosine(_centre(generated, mean), _centre(target, mean)).mean(dim=1),
-            (generated - target).square().mean(dim=(1, 2)),
-            generated.norm(dim=-1).mean(dim=1),
-            target.norm(dim=-1).mean(dim=1),
-        )
-        pooled = torch.stack([_centre(side.mean(dim=1), mean) for side in (generated, target)], dim=1).float()
-        deviations = (generated - mean, target - mean)
-        sums = torch.stack([x.sum(dim=(0, 1)) for d in deviations for x in (d, d.square())])
-        tokens = target.shape[0] * target.shape[1]
-        first_part = self._parts[0]  # has the sums of all batches
-        self._parts[0] = replace(first_part, channel_sums=first_part.channel_sums + sums.cpu())
-        self._parts.append(Collected(torch.stack(per_image, dim=1).cpu(), pooled.cpu(), torch.zeros(()), tokens))
+    def _add(self, samples: Tensor, target: Tensor) -> None:
+        device, N = target.device, target.shape[1]
+        mean = self._mean.to(device)
+        dtype = torch.promote_types(torch.promote_types(samples.dtype, target.dtype), torch.float32)
+        samples, target = samples.to(dtype), target.to(dtype)
+        deviations = torch.stack([samples[0], target]) - mean.to(dtype)  # [2, B, N, D]
+        exact = deviations.double()
+        means, tokens = exact.mean(dim=2), exact.flatten(1, 2)
+        self._sums = self._sums.to(device) + N * means.sum(dim=1)
+        self._products = torch.baddbmm(self._products.to(device), tokens.mT, tokens)
+        self._num_tokens += tokens.shape[1]
+
+        rounding = CENTRING_TOLERANCE * mean.norm()
+        columns = {**score_samples(samples, target), **_similarities(samples[0], target)}
+        columns["centered"] = _cosine(deviations[0], deviations[1], rounding).mean(dim=1)
+        if self._directions is None:
+            columns["coverage"] = torch.full_like(columns["energy"], torch.nan)
+        else:
+            columns["coverage"] = score_coverage(samples, target, self._directions.to(device))
+        self._per_image.append(torch.stack([columns[name] for name in PER_IMAGE], dim=1).cpu())
+        means = means.masked_fill(means.norm(dim=-1, keepdim=True) <= rounding, 0.0)
+        self._pooled.append(means.float().transpose(0, 1).cpu())
 
     def payload(self) -> Collected:
-        return Collected.join(self._parts)
+        per_image, pooled = torch.cat(self._per_image), torch.cat(self._pooled)
+        return Collected(per_image, pooled, self._sums.cpu(), self._products.cpu(), self._num_tokens)
 
 
-def _check_finite(label: str, embeddings: Tensor, indices: Sequence[int]) -> None:
-    finite = embeddings.isfinite().all(dim=-1).all(dim=-1)
+def _check_finite(label: str, embeddings: Tensor, names: Sequence[str]) -> None:
+    """`embeddings` are [K, B, N, D]."""
+    if embeddings.sum(dtype=torch.float64).isfinite():
+        return  # all of them are, by the quicker test
+    finite = embeddings.isfinite().all(dim=-1).all(dim=-1).all(dim=0)
     if finite.all():
         return
-    image = indices[int((~finite).nonzero()[0])]
+    image = names[int((~finite).nonzero()[0])]
     raise Blip3oError(
         f"image {image}: its {label} embedding holds NaN or infinity, so metrics cannot be computed; the checkpoint "
         "has diverged or the dataset is damaged (check it with blip3o-ds data verify DIR)"
     )
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    lengths = a.norm(dim=-1) * b.norm(dim=-1)
-    return torch.where(lengths > 0, (a * b).sum(dim=-1) / lengths, torch.zeros_like(lengths))
+def _similarities(generated: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """How near one sample is to the true embedding, both [B, N, D]: each [B] float64."""
+    return {
+        "similarity": _cosine(generated, target).mean(dim=1),
+        "mse": (length(generated - target).square() / target.shape[2]).mean(dim=1),
+        "norm": length(generated).mean(dim=1),
+        "target_norm": length(target).mean(dim=1),
+    }
 
 
-def _centre(x: Tensor, mean: Tensor) -> Tensor:
-    deviation = x - mean
-    rounding = deviation.norm(dim=-1, keepdim=True) <= CENTRING_TOLERANCE * mean.norm()
-    return deviation.masked_fill(rounding, 0.0)
+def _cosine(a: Tensor, b: Tensor, least: Tensor | float = 0.0) -> Tensor:
+    """Over the last dimension, float64; 0 where one of the two is not longer than `least`."""
+    lengths = torch.stack([length(a), length(b)])
+    cosine = (a * b).sum(dim=-1, dtype=torch.float64) / lengths.prod(dim=0)
+    return torch.where((lengths > least).all(dim=0), cosine, torch.zeros_like(cosine))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

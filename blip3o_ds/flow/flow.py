@@ -22,7 +22,8 @@ from blip3o_ds.settings import choose
 from blip3o_kernels import FlowLoss, flow_matching_loss
 
 _TIME, _DROP, _NOISE = range(3)  # independent streams of random numbers of one sample
-EVALUATION_STREAM = 1 << 32  # and those after it: the noise of what is generated, far from the streams of training
+# The noise of what a model, or a baseline, generates: stream k from here on is that of an image's sample k.
+EVALUATION_STREAM, BASELINE_STREAM = 1 << 32, 1 << 33
 
 
 @dataclass(frozen=True)

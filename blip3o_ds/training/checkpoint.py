@@ -45,7 +45,7 @@ class TrainState:
 
     total_steps: int  # the learning rate's schedule depends on it
     step: int = 0  # the last one that was taken, or skipped
-    best: dict[str, Any] | None = None  # `step` and `score` of the best evaluation
+    best: dict[str, Any] | None = None  # `step`, `metric` and `score` of the best evaluation
     skipped_in_a_row: int = 0
     rollbacks: int = 0
     loader: dict[str, int] = field(default_factory=dict)  # position in the data, as the loader states it

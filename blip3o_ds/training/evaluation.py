@@ -20,6 +20,7 @@ from blip3o_ds.training.setup import Run
 logger = logging.getLogger(__name__)
 
 OVERFIT_THRESHOLD = 0.8
+BEST_BY = "energy_score"  # of `sampled`, on the first split: the lower, the better
 
 
 def evaluate_splits(run: Run, max_samples: int | None) -> dict[str, EvalResult]:
@@ -45,14 +46,15 @@ def record_evaluation(run: Run, results: dict[str, EvalResult]) -> None:
 
 
 def is_best(run: Run, results: dict[str, EvalResult]) -> bool:
-    """Whether no evaluation before was as good; the state then remembers this one.
+    """Whether no evaluation before was as good by `BEST_BY`; the state then remembers this one.
 
-    The score is `clip_similarity_centered` of the posterior mean, on the first split.
+    A best by another metric, in a checkpoint of an older version, cannot be compared: this one takes its place.
     """
-    score = next(iter(results.values())).readings["posterior_mean"]["clip_similarity_centered"]
-    if not (run.state.best is None or score > run.state.best["score"]):
+    score = next(iter(results.values())).readings["sampled"][BEST_BY]
+    best = run.state.best
+    if best is not None and best.get("metric") == BEST_BY and score >= best["score"]:
         return False
-    run.state.best = {"step": run.state.step, "score": score}
+    run.state.best = {"step": run.state.step, "metric": BEST_BY, "score": score}
     return True
 
 

@@ -71,6 +71,13 @@ def test_a_constant_channel_is_centred_and_stays_finite():
 
 
 @pytest.mark.parametrize("mode", ["minimal", "full", "standardize"])
+def test_the_scale_is_how_far_the_inverse_moves_apart(mode):
+    normalizer, y = build(mode), torch.from_numpy(CLIP)
+    moved = normalizer.inverse("clip", y + 1) - normalizer.inverse("clip", y)
+    torch.testing.assert_close(normalizer.scale("clip", y).double().expand_as(y), moved, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["minimal", "full", "standardize"])
 def test_a_saved_normaliser_comes_back_the_same(mode, tmp_path):
     normalizer, x = build(mode), torch.from_numpy(EVA)
     normalizer.save(tmp_path / "normalizer.json")

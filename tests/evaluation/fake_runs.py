@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import yaml
 from blip3o_ds.config import SamplerConfig
 from blip3o_ds.evaluation.matrix import Matrix, PlannedRun, load_matrix
 from blip3o_ds.evaluation.metrics import METRIC_NAMES
-from blip3o_ds.evaluation.report import READINGS, EvalResult
+from blip3o_ds.evaluation.report import EvalResult
 from blip3o_ds.files import atomic_write_json
 
+READINGS = ("posterior_mean", "sampled", "ridge", "mean_embedding")
 MATRIX: dict[str, Any] = {
     "name": "laws",
     "question": "Which law of t is better?",
@@ -37,7 +39,15 @@ def matrix(folder: Path, **changes: Any) -> Matrix:
     return load_matrix(matrix_file(folder, **changes))
 
 
-def write_run(folder: Path, run: PlannedRun, value: float, *, finished: bool = True, space: str = "raw") -> Path:
+def write_run(
+    folder: Path,
+    run: PlannedRun,
+    value: float,
+    *,
+    finished: bool = True,
+    space: str = "raw",
+    readings: Sequence[str] = READINGS,
+) -> Path:
     """The folder of a run on two processes; every metric of every reading is `value`, and half of it at step 2."""
     run_dir = folder / "clip_repro_20260101_000000"
     run_dir.mkdir(parents=True)
@@ -49,11 +59,11 @@ def write_run(folder: Path, run: PlannedRun, value: float, *, finished: bool = T
         {"step": step, "kind": "eval", "split": split, "reading": reading, **dict.fromkeys(METRIC_NAMES, at)}
         for step, at in ((2, value / 2), (4, value))
         for split in splits
-        for reading in READINGS
+        for reading in readings
     ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
-        readings = {reading: dict.fromkeys(METRIC_NAMES, value) for reading in READINGS}
-        result = EvalResult(readings, 4, 4, space, SamplerConfig()).to_dict()
+        metrics = {reading: dict.fromkeys(METRIC_NAMES, value) for reading in readings}
+        result = EvalResult(metrics, 4, 4, space, SamplerConfig()).to_dict()
         atomic_write_json(run_dir / "final_summary.json", {"evaluation": dict.fromkeys(splits, result)})
     return run_dir

@@ -66,6 +66,26 @@ def test_predictions_are_the_affine_map_and_the_mean(make_dataset):
     assert ridge.dtype == mean.dtype == torch.float32
 
 
+def test_the_readings_are_one_estimate_each_and_need_no_noise(make_dataset):
+    fitted = fit_baselines(make_dataset(*linear_pairs(20, noise=0.5)[:2]), RAW)
+    new, _, _ = linear_pairs(2, noise=0.0, seed=5)
+
+    readings = fitted.readings(new, torch.full((3, 2, TOKENS, CLIP), float("nan")))
+
+    assert torch.equal(readings["ridge"], fitted.predict_ridge(new)[None])
+    assert torch.equal(readings["mean_embedding"], fitted.predict_mean(new)[None])
+
+
+def test_the_directions_are_orthonormal_and_lead_with_the_one_along_which_the_ridge_varies_most(make_dataset):
+    fitted = fit_baselines(make_dataset(*linear_pairs(20, noise=0.5)[:2]), RAW)
+
+    directions = fitted.directions.numpy()
+
+    left, sizes, _ = np.linalg.svd(fitted.ridge_weight.double().numpy())
+    np.testing.assert_allclose(np.abs(left.T @ directions), np.eye(CLIP), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(fitted.ridge_weight.double().numpy().T @ directions, axis=0), sizes)
+
+
 def test_a_linear_dataset_is_recovered(make_dataset):
     eva, clip, linear = linear_pairs(30, noise=0.0)
 

@@ -11,8 +11,10 @@ from blip3o_ds.config import SamplerConfig, load_run_config
 from blip3o_ds.errors import CheckpointError
 from blip3o_ds.evaluation.compare import compare, format_comparison
 from blip3o_ds.evaluation.metrics import METRIC_NAMES
-from blip3o_ds.evaluation.report import READINGS, EvalResult
+from blip3o_ds.evaluation.report import EvalResult
 from blip3o_ds.files import atomic_write_json
+
+READINGS = ("posterior_mean", "sampled", "ridge", "mean_embedding")
 
 
 def finished_run(folder: Path, similarity: float, *overrides: str, split: str = "held") -> Path:
@@ -44,6 +46,19 @@ def test_the_table_has_each_run_twice_and_the_baselines_once(tmp_path):
     assert [line.split()[-1] for line in lines if line.startswith("a: DiT")] == ["0.250", "0.250"]
     assert [line.split()[-1] for line in lines if line.startswith("b: DiT")] == ["0.750", "0.750"]
     assert sum(line.startswith("ridge from EVA") for line in lines) == 1
+
+
+def test_a_baseline_that_only_a_newer_run_has_is_shown(tmp_path):
+    old, new = finished_run(tmp_path / "old", 0.25), finished_run(tmp_path / "new", 0.75)
+    summary = json.loads((new / "final_summary.json").read_text())
+    readings = summary["evaluation"]["held"]["readings"]
+    readings["context_ridge"] = readings["ridge"]
+    atomic_write_json(new / "final_summary.json", summary)
+
+    lines = format_comparison(compare([old, new])).splitlines()
+
+    shown = {line[:30].strip(): line.split()[-1] for line in lines if "ridge" in line}
+    assert shown == {"ridge from EVA": "0.250", "ridge of 3x3 tokens": "0.750"}
 
 
 def test_runs_without_a_common_split_are_refused(tmp_path):

@@ -109,6 +109,20 @@ def test_views_stay_views(source, pretrained, tmp_path, config):
     assert views.spec.view_separator == "_"
 
 
+@pytest.mark.parametrize(("of_the_source", "separator"), [(None, "_"), ("--", "--")])
+def test_several_samples_of_an_image_are_its_views(source, pretrained, tmp_path, of_the_source, separator):
+    convert(source.location, tmp_path / "views", dtype="fp32", view_separator=of_the_source)
+    data = EmbeddingDataset(tmp_path / "views")
+
+    generate(pretrained(), data, tmp_path / "out", SETTINGS, "a model", num_samples=2)
+
+    spec, keys = EmbeddingDataset(tmp_path / "out").spec, read_all(tmp_path / "out")[0]
+    assert spec == data.spec.with_views(separator, "here")
+    assert keys == [f"{key}{separator}{k:04d}" for key in read_all(data.location)[0] for k in range(2)]
+    assert [spec.image_of(key) for key in keys[::2]] == read_all(data.location)[0]
+    assert verify(tmp_path / "out").problems == []
+
+
 @pytest.mark.parametrize("mode", ["minimal", "standardize"])
 def test_what_is_generated_is_what_was_evaluated(source, pretrained, tmp_path, config, mode):
     normalizer = Normalizer.from_stats(mode, source.manifest.stats)
@@ -243,7 +257,7 @@ def sampler(**changes) -> dict:
         (r"steps \(3, now 4\);", sampler(steps=4)),
         (r"solver \('euler', now 'heun'\);", sampler(solver="heun")),
         (r"guidance_scale \(1.0, now 2.0\);", sampler(guidance_scale=2.0)),
-        (r"num_samples \(1, now 2\);", {"num_samples": 2}),
+        (r"num_samples \(1, now 2\), view_separator \(None, now '_'\);", {"num_samples": 2}),
         (r"source \('a model', now 'another'\);", {"label": "another"}),
         (r"weights_sha256 \('\w+', now '\w+'\);", {"model": "other"}),
         (r"data \('11 samples in 3 shards, .*now '11 samples in 3 shards, .*'\);", {"data": "other"}),

@@ -6,16 +6,18 @@ import base64
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from blip3o_ds.errors import ConfigError
+from blip3o_ds.evaluation import matrix_report
 from blip3o_ds.evaluation.matrix import check_unchanged, load_matrix, plan_runs
 from blip3o_ds.evaluation.matrix_report import write_report
 from blip3o_ds.evaluation.matrix_results import Bench, Stat, read_result
 from tests.conftest import PROJECT
-from tests.evaluation.fake_runs import matrix, matrix_file, write_run
+from tests.evaluation.fake_runs import READINGS, matrix, matrix_file, write_run
 
 FACTS = {
     "command": "blip3o-ds compare",
@@ -89,7 +91,9 @@ def test_a_changed_entry_is_refused_with_the_difference_and_the_folder(tmp_path)
         check_unchanged(plan_runs(matrix(tmp_path), tmp_path / "out"), 4)
 
 
-def bench(tmp_path: Path, values: dict[str, list[float | None]], **changes) -> tuple[Path, dict]:
+def bench(
+    tmp_path: Path, values: dict[str, list[float | None]], readings: Sequence[str] = READINGS, **changes
+) -> tuple[Path, dict]:
     """The report's folder and results, of runs whose metrics all have one value; None is a run that failed."""
     made = matrix(tmp_path, **changes)
     results = []
@@ -98,7 +102,7 @@ def bench(tmp_path: Path, values: dict[str, list[float | None]], **changes) -> t
         run.folder.mkdir(parents=True)
         if value is not None:
             space = "unit_norm" if run.config.data.normalization == "full" else "raw"
-            write_run(run.folder, run, value, space=space)
+            write_run(run.folder, run, value, space=space, readings=readings)
         results.append(read_result(run, "exit status 1" if value is None else None))
     return tmp_path / "out", write_report(Bench(made, results), tmp_path / "out", FACTS)
 
@@ -167,6 +171,25 @@ def test_baselines_that_all_variants_share_stand_there_once(tmp_path):
 
     lines = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("| ridge from EVA")]
     assert [line.replace("|", "").split() for line in lines] == [["ridge", "from", "EVA", "0.500"]]
+
+
+def test_baselines_that_nobody_has_heard_of_stand_in_the_table_and_in_the_curves(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(matrix_report, "plot_panels", lambda panels, *_: drawn.extend(panels))
+    readings = ("posterior_mean", "sampled", "linear_gaussian", "brand_new")
+    monkeypatch.setattr(matrix_report, "to_html", lambda blocks, out: "")  # which holds the picture
+
+    out, results = bench(tmp_path, {"uniform": [0.5, 0.5], "logit": [0.5, 0.5]}, readings, metrics=["energy_score"])
+
+    text = (out / "report.md").read_text()
+    assert [label in text for label in ("| linear-Gaussian sampled", "| brand new", "ridge")] == [True, True, False]
+    assert [panel.levels for panel in drawn] == [{"linear_gaussian": 0.5, "brand_new": 0.5}]
+    assert tuple(results["summary"]["held"]["logit"]) == readings
+
+
+def test_the_scores_of_the_distribution_lead_the_table_unless_the_file_names_others(tmp_path):
+    leading = ("energy_score", "spread_skill", "mean_error", "frechet", "clip_similarity")
+    assert matrix(tmp_path).metrics[: len(leading)] == leading
 
 
 def test_the_curves_are_the_means_over_the_seeds(tmp_path):

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.baselines import fit_baselines
+from blip3o_ds.baselines import Baselines, fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.format.manifest import key_hashes
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.errors import Blip3oError
-from blip3o_ds.evaluation.metrics import METRIC_NAMES
-from blip3o_ds.evaluation.report import READINGS, EvalResult, evaluate, evaluation_noise, format_table
+from blip3o_ds.evaluation.metrics import METRIC_NAMES, METRICS
+from blip3o_ds.evaluation.report import (
+    EvalResult,
+    baseline_noise,
+    evaluate,
+    evaluation_noise,
+    format_table,
+    row_label,
+)
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import sample
 from blip3o_ds.runs.pretrained import Pretrained
 from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
 
+READINGS = ("posterior_mean", "sampled", "ridge", "mean_embedding")
 SAMPLER = SamplerConfig(steps=3)
 RAW = Normalizer("minimal")
 KEYS = [f"image_{number:03d}" for number in range(11)]  # of the images that are evaluated
@@ -33,11 +42,18 @@ def setting(make_dataset, config):
     train, held = make_dataset(eva[:30], clip[:30], "train"), make_dataset(eva[30:], clip[30:], "held")
 
     def run(
-        model, normalizer=RAW, batch_size=4, prediction="sample", sampler=SAMPLER, max_samples=None, **ranks
+        model,
+        normalizer=RAW,
+        batch_size=4,
+        prediction="sample",
+        sampler=SAMPLER,
+        max_samples=None,
+        num_samples=3,
+        **ranks,
     ) -> EvalResult:
         flow = Flow.from_config(FlowConfig(prediction=prediction))
         pretrained = Pretrained(model, flow, normalizer, fit_baselines(train, normalizer), config, 0, "ema")
-        settings = EvalConfig(sampler=sampler, batch_size=batch_size, max_samples=max_samples)
+        settings = EvalConfig(sampler=sampler, batch_size=batch_size, max_samples=max_samples, num_samples=num_samples)
         return evaluate(pretrained, held, settings, **ranks)
 
     run.eva, run.clip, run.linear, run.train = eva, clip, linear, train
@@ -80,7 +96,8 @@ def test_the_baselines_stand_beside_the_model_and_are_those_of_the_training_set(
     result = setting(random_model(config))
 
     assert tuple(result.readings) == READINGS
-    assert all(tuple(metrics) == METRIC_NAMES for metrics in result.readings.values())
+    assert all(set(METRIC_NAMES) - set(metrics) <= {"coverage"} for metrics in result.readings.values())
+    assert "coverage" in result.readings["sampled"]
     baselines = fit_baselines(setting.train, RAW)
     eva, clip = setting.eva[30:].double(), setting.clip[30:].double()
     ridge = (eva - baselines.eva_mean) @ baselines.ridge_weight.double().T + baselines.clip_mean
@@ -104,19 +121,70 @@ def test_the_two_readings_are_one_step_from_noise_and_the_solvers(setting, confi
     assert abs(result.readings["sampled"]["mse"] / result.readings["posterior_mean"]["mse"] - 1) > 1e-3
 
 
+def test_each_sample_of_an_image_has_its_own_noise_and_the_scores_are_of_all(setting, config):
+    model, flow = random_model(config), Flow.from_config(FlowConfig())
+
+    result = setting(model, num_samples=4)
+
+    draws = [evaluation_noise(KEYS, k, (TOKENS, CLIP), SAMPLER.seed, "cpu") for k in range(4)]
+    assert len(torch.unique(torch.cat(draws).flatten(1), dim=0)) == 4 * 11
+    samples = np.stack([sample(model, flow, setting.eva[30:], one, SAMPLER).double().numpy() for one in draws])
+    clip = setting.clip[30:].double().numpy()
+    near = np.linalg.norm(samples - clip, axis=-1).mean()
+    apart = [np.linalg.norm(samples[i] - samples[j], axis=-1).mean() for i in range(4) for j in range(i)]
+    assert result.samples_per_image == 4
+    assert result.readings["sampled"]["energy_score"] == pytest.approx(near - np.mean(apart) / 2, rel=1e-5)
+    assert result.readings["sampled"]["spread_skill"] > 0
+    assert result.readings["posterior_mean"]["spread_skill"] == 0
+    assert setting(model, num_samples=2).readings["sampled"]["mse"] == result.readings["sampled"]["mse"]
+
+
+def test_a_baseline_that_samples_gets_noise_of_its_own_and_stands_in_the_table(setting, config, monkeypatch):
+    seen = []
+
+    def readings(self, eva, noise):
+        seen.append(noise)
+        return {"ridge_noise": self.predict_ridge(eva) + noise, "new_one": self.predict_mean(eva)[None]}
+
+    monkeypatch.setattr(Baselines, "readings", readings)
+    monkeypatch.setattr(Baselines, "directions", None)
+
+    result = setting(random_model(config))
+
+    noise = torch.cat(seen, dim=1)
+    assert noise.shape == (3, 11, TOKENS, CLIP)
+    for k in range(3):
+        assert torch.equal(noise[k], baseline_noise(KEYS, k, (TOKENS, CLIP), SAMPLER.seed, "cpu"))
+    assert tuple(result.readings) == ("posterior_mean", "sampled", "ridge_noise", "new_one")
+    assert result.readings["ridge_noise"]["spread_skill"] > 0
+    assert "coverage" not in result.readings["ridge_noise"]  # there are no directions
+    labels = [line[:22].strip() for line in format_table({"held": result}).splitlines()[4:6]]
+    assert labels == ["ridge + Gaussian noise", "new one"]
+
+
 @pytest.mark.parametrize(("batch_size", "world_size"), [(3, 1), (4, 2), (2, 3), (1, 13)])
 def test_batch_size_and_number_of_ranks_change_nothing(setting, config, batch_size, world_size):
     model = random_model(config)
     expected = setting(model, batch_size=11)
-    payloads = {}
+    barrier, sent, results = threading.Barrier(world_size), [None] * world_size, {}
 
-    def run(rank, gather):
-        return setting(model, batch_size=batch_size, rank=rank, world_size=world_size, gather=gather)
+    def run(rank):
+        def gather(own):
+            sent[rank] = own
+            barrier.wait(60)
+            values = list(sent)
+            barrier.wait(60)
+            return values
 
-    for rank in range(world_size):  # what each would send, the last two of 13 have no image
-        with pytest.raises(StopIteration):
-            run(rank, lambda payload, rank=rank: payloads.update({rank: payload}) or next(iter(())))
-    joined = run(world_size - 1, lambda own: [payloads[rank] for rank in range(world_size)])
+        results[rank] = setting(model, batch_size=batch_size, rank=rank, world_size=world_size, gather=gather)
+
+    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]  # the last two of 13 are idle
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    joined = results[world_size - 1]
+    assert all(result == joined for result in results.values())
 
     assert joined.num_samples == expected.num_samples == 11
     for reading in READINGS:
@@ -138,20 +206,22 @@ def test_a_part_is_spread_over_the_set_and_its_images_keep_their_noise(setting, 
 
 def test_the_noise_is_another_for_each_key_sample_and_seed_and_never_that_of_training():
     keys = [f"image_{number}" for number in range(50)]
-    drawn = [evaluation_noise(keys, k, (4, 4), seed, "cpu") for k, seed in ((0, 0), (1, 0), (0, 1))]
+    draws = (evaluation_noise, baseline_noise)
+    drawn = [draw(keys, k, (4, 4), seed, "cpu") for draw in draws for k, seed in ((0, 0), (1, 0), (0, 1))]
     drawn.append(Flow.from_config(FlowConfig()).draw(torch.arange(50), (4, 4), 0, "cpu")[0])
     # Nor where the hash of a key is the position of a training sample.
     hashes = torch.from_numpy(key_hashes(keys).astype(np.int64))
     drawn.append(Flow.from_config(FlowConfig()).draw(hashes, (4, 4), 0, "cpu")[0])
 
-    assert len(torch.unique(torch.cat(drawn).flatten(1), dim=0)) == 250
+    assert len(torch.unique(torch.cat(drawn).flatten(1), dim=0)) == 400
 
 
-def test_the_noise_of_an_image_does_not_depend_on_the_others():
+@pytest.mark.parametrize("draw", [evaluation_noise, baseline_noise])
+def test_the_noise_of_an_image_does_not_depend_on_the_others(draw):
     keys = ["c", "a", "b"]
-    together = evaluation_noise(keys, 2, (4, 4), 9, "cpu")
+    together = draw(keys, 2, (4, 4), 9, "cpu")
     for key, noise in zip(keys, together, strict=True):
-        assert torch.equal(evaluation_noise([key], 2, (4, 4), 9, "cpu")[0], noise)
+        assert torch.equal(draw([key], 2, (4, 4), 9, "cpu")[0], noise)
 
 
 def test_the_noise_is_drawn_with_the_mixed_bits_of_seed_sample_and_key():
@@ -176,9 +246,25 @@ def test_standardised_embeddings_are_compared_raw(setting):
     result = setting(knows, normalizer)
 
     assert result.space == "raw"
+    assert result.samples_per_image == 3
     assert result.readings["sampled"]["mse"] == pytest.approx(0, abs=1e-9)
     raw = setting(model_that_knows(setting.eva, setting.clip))
     assert result.readings["mean_embedding"] == pytest.approx(raw.readings["mean_embedding"], rel=1e-4, abs=1e-6)
+
+
+def test_coverage_is_along_the_directions_of_the_networks_space(setting, config):
+    normalizer = Normalizer.from_stats("standardize", setting.train.manifest.stats)
+    model, flow = random_model(config), Flow.from_config(FlowConfig())
+
+    result = setting(model, normalizer)
+
+    eva, clip = normalizer({"eva": setting.eva[30:], "clip": setting.clip[30:]}).values()
+    directions = fit_baselines(setting.train, normalizer).directions.numpy()
+    noise = [evaluation_noise(KEYS, k, (TOKENS, CLIP), SAMPLER.seed, "cpu") for k in range(3)]
+    values = np.stack([sample(model, flow, eva, one, SAMPLER).double().numpy() @ directions for one in noise])
+    rank = (values < clip.double().numpy() @ directions).sum(0)
+    assert 0 < result.readings["sampled"]["coverage"] < 2
+    assert result.readings["sampled"]["coverage"] == pytest.approx(2 * ((rank > 0) & (rank < 3)).mean())
 
 
 def test_unit_norm_embeddings_are_compared_as_such(setting):
@@ -201,7 +287,7 @@ def test_guidance_reaches_the_sampler(setting, config):
 
 
 def test_a_model_that_diverged_is_an_error_that_names_the_reading(setting):
-    with pytest.raises(Blip3oError, match="image 0: its posterior_mean embedding holds NaN"):
+    with pytest.raises(Blip3oError, match="image image_000: its posterior_mean embedding holds NaN"):
         setting(lambda x, t, eva, drop: torch.full_like(x, float("nan")))
 
 
@@ -215,10 +301,43 @@ def test_the_table_shows_every_reading_and_figure(setting, config):
 
     text = format_table({"heldout": result})
 
-    assert "heldout (3 images of 11, raw embeddings)" in text
-    rows = text.splitlines()[2:6]
+    assert "heldout (3 images of 11, 3 samples each, raw embeddings)" in text
+    assert max(map(len, text.splitlines())) <= 150
+    head, *rows = text.splitlines()[1:6]
+    shown_metrics = {name: metric.column for name, metric in METRICS.items() if metric.column}
+    assert head.split() == list(shown_metrics.values())
+    assert head.split()[:4] == ["energy", "spread", "error", "frechet"]
     labels = ("DiT posterior mean", "DiT sampled (3 steps euler)", "ridge from EVA", "mean embedding")
     for row, label, metrics in zip(rows, labels, result.readings.values(), strict=True):
         assert row.startswith(label)
-        shown = [float(cell) for cell in row[len("DiT sampled (3 steps euler)") :].split()]
-        assert shown == pytest.approx(list(metrics.values()), abs=5.1e-4, rel=0.05)
+        shown = row[len("DiT sampled (3 steps euler)") :].split()
+        for cell, name in zip(shown, shown_metrics, strict=True):
+            assert name in metrics or cell == "-"
+            assert cell == "-" or float(cell) == pytest.approx(metrics[name], abs=5.1e-4, rel=0.05)
+
+
+def test_the_legend_says_first_how_to_read_the_scores_and_names_every_column(setting, config):
+    text = format_table({"heldout": setting(random_model(config), max_samples=3)})
+
+    first, *names = text.split("\n\n")[1].splitlines()
+    assert first.startswith("energy: lower is better")
+    assert "spread: 1 is calibrated, 0 is a point" in first
+    for name, metric in METRICS.items():
+        assert (f"{metric.column}: {name}" in " ".join(names)) == (metric.column is not None)
+
+
+def test_a_result_of_an_older_version_is_read(setting, config):
+    content = setting(random_model(config)).to_dict()
+    del content["samples_per_image"]
+    for metrics in content["readings"].values():
+        del metrics["energy_score"]
+
+    old = EvalResult.from_dict(content)
+
+    assert old.samples_per_image == 1
+    assert "1 sample each" in format_table({"old": old})
+
+
+def test_a_reading_without_a_label_is_named_in_words():
+    assert row_label("some_new_reading", SAMPLER) == "some new reading"
+    assert row_label("linear_gaussian", SAMPLER) == "linear-Gaussian sampled"

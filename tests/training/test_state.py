@@ -7,7 +7,7 @@ from pathlib import Path
 from blip3o_ds.runs.checkpoint import Checkpoint
 from blip3o_ds.training.checkpoint import TrainState
 
-BEST = {"step": 5, "score": 0.5}
+BEST = {"step": 5, "metric": "energy_score", "score": 0.5}
 LOADER = {"epoch": 1, "samples_consumed": 40}
 
 

@@ -21,7 +21,7 @@ from blip3o_ds.data.reading.loader import read_batches
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.training import evaluation
 from blip3o_ds.training.checkpoint import TrainState
-from blip3o_ds.training.evaluation import overfit_verdict
+from blip3o_ds.training.evaluation import is_best, overfit_verdict
 from tests.conftest import PROJECT, train_command, write_embeddings
 from tests.training.conftest import small_config
 
@@ -246,6 +246,37 @@ def test_an_overfit_test_passes_above_a_posterior_mean_of_0_8(similarity, passed
     verdict = overfit_verdict(SimpleNamespace(readings=readings))
 
     assert verdict == {"threshold": 0.8, "posterior_mean": similarity, "sampled": 1 - similarity, "passed": passed}
+
+
+def evaluated(*energies: float) -> dict[str, SimpleNamespace]:
+    """Results whose splits have these energy scores of `sampled`; everything else would choose otherwise."""
+    return {
+        f"split_{i}": SimpleNamespace(
+            readings={
+                "posterior_mean": {"energy_score": -energy, "clip_similarity_centered": energy},
+                "sampled": {"energy_score": energy, "clip_similarity_centered": energy},
+            }
+        )
+        for i, energy in enumerate(energies)
+    }
+
+
+def test_the_best_evaluation_has_the_least_energy_on_the_first_split():
+    state = TrainState(total_steps=9)
+    run = SimpleNamespace(state=state)
+    judged = []
+    for state.step, energies in enumerate([(3.0, 1.0), (3.5, 0.1), (2.0, 9.0), (2.0, 0.0)], start=1):
+        judged.append(is_best(run, evaluated(*energies)))
+
+    assert judged == [True, False, True, False]
+    assert state.best == {"step": 3, "metric": "energy_score", "score": 2.0}
+
+
+def test_a_best_by_the_similarity_of_an_older_version_gives_way_to_the_next_evaluation():
+    state = TrainState(total_steps=9, step=5, best={"step": 2, "score": 0.4})
+
+    assert is_best(SimpleNamespace(state=state), evaluated(30.0))
+    assert state.best == {"step": 5, "metric": "energy_score", "score": 30.0}
 
 
 def test_resuming_on_data_of_another_size_is_refused_with_both_lengths(tmp_path, launch):

@@ -54,7 +54,9 @@ class PartedDataset:
         self._spec = spec
         self._parts = parts
         self._purpose = purpose
-        self._plan = {"spec": spec.to_dict(), **plan, "num_parts": len(parts)}
+        # The separator on its own, since it changes the form of the whole specification.
+        views = {"view_separator": spec.view_separator} if spec.view_separator else {}
+        self._plan = {"spec": spec.without_views().to_dict(), **plan, **views, "num_parts": len(parts)}
         self._extra = extra
         self._log_name = log_name
 
