@@ -22,6 +22,7 @@ from blip3o_ds.settings import choose
 from blip3o_kernels import FlowLoss, flow_matching_loss
 
 _TIME, _DROP, _NOISE = range(3)  # independent streams of random numbers of one sample
+_LAST_TIME = 1 - 2.0**-24  # the largest below 1 in fp32: at 1 nothing is left open, and a loss relative to it is NaN
 EVALUATION_STREAM = 1 << 32  # and those after it: the noise of what is generated, far from the streams of training
 
 
@@ -53,9 +54,9 @@ class Flow:
         Each row is a function of the seed and its position in the endless order, `[B]` int64; `shape` is `(N, Dc)`.
         The times of successive positions are spread evenly, whatever the batch and the number of ranks.
         """
-        t = self.timesteps.draw(spread_uniforms(seed, positions, _TIME)).to(device=device, dtype=torch.float32)
+        t = self.timesteps.draw(spread_uniforms(seed, positions, _TIME)).clamp_max(_LAST_TIME)
         drop = torch.from_numpy(uniforms(seed, positions, _DROP) < self.cond_dropout).to(device)
-        return normals(seed, positions, _NOISE, shape, device), t, drop
+        return normals(seed, positions, _NOISE, shape, device), t.to(device=device, dtype=torch.float32), drop
 
     def loss(
         self,
