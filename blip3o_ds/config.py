@@ -93,6 +93,9 @@ class FlowConfig(Section):
         "distribution of t in training; prior: every share of the prior's variance alike, in sampling too",
         table=f"{FLOW}.timesteps:TIMESTEP_LAWS",
     )
+    calibration_share: float = setting(
+        0.01, "share of the images that teach only how far the network's output is trusted on new ones", ge=0, lt=1
+    )
     noise_share: float = setting(0.25, "share of the training samples at t = 0, for the posterior mean", ge=0, lt=1)
     logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")
     logit_std: float = setting(1.0, "standard deviation of logit(t), for logit_normal", gt=0)

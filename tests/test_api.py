@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import blip3o_ds
-from blip3o_ds.baselines import fit_baselines
+from blip3o_ds.baselines.fit import fit_baselines
 from blip3o_ds.config import build_run_config
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset

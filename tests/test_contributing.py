@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blip3o_ds.baselines import fit_baselines
+from blip3o_ds.baselines.fit import fit_baselines
 from blip3o_ds.cli import main
 from blip3o_ds.config import TrainConfig, build_run_config, load_run_config
 from blip3o_ds.data.format.schema import TensorSpec

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from blip3o_ds.baselines.baselines import Baselines
 from blip3o_ds.baselines.ridge import RidgeFit, Sums, fit_ridge
-from blip3o_ds.data.format.manifest import folds_of
 from blip3o_ds.data.format.schema import TokenLayout
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
@@ -130,14 +129,9 @@ class _Reading:
                     f"samples {', '.join(batch.keys)}: one of their embeddings holds NaN or infinity; "
                     "blip3o-ds data verify DIR names it"
                 )
-            yield image_folds(self.dataset, batch.keys, FOLDS), eva, clip
+            yield self.dataset.folds(batch.keys, FOLDS).tolist(), eva, clip
             done += len(batch.keys)
             progress.at(done)
-
-
-def image_folds(dataset: EmbeddingDataset, keys: Sequence[str], folds: int) -> list[int]:
-    """The fold of each key's image."""
-    return folds_of([dataset.spec.image_of(key) for key in keys], folds).tolist()
 
 
 def _survey(reading: _Reading) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 FIRST_PENALTY = 1e-1  # relative to the mean eigenvalue of the features' covariance; where the search begins
 PENALTY_STEP = 10**0.5
 PENALTY_STEPS = 14  # at most this many each way
+ROUNDING = 1e-6  # of products in fp32, relative to the mean square of what is multiplied
 
 
 @dataclass
@@ -136,17 +137,28 @@ def _penalty(step: int) -> float:
 
 
 def _absolute(sums: Sums, penalty: float) -> float:
-    """A relative penalty times the mean eigenvalue; where all features are constant, any positive number does."""
-    variance = sums.xx.diagonal() / sums.count - (sums.x / sums.count).square()
-    return penalty * (float(variance.mean()) or 1.0)
+    """A relative penalty times the mean eigenvalue; where all features are constant, times their mean square."""
+    square = sums.xx.diagonal() / sums.count
+    variance = float((square - (sums.x / sums.count).square()).mean())
+    constant = variance <= ROUNDING * float(square.mean())
+    return penalty * (float(square.mean()) or 1.0 if constant else variance)
 
 
 def _solve(sums: Sums, penalty: float) -> LinearMap:
     x, y = sums.x / sums.count, sums.y / sums.count
     covariance = sums.xx / sums.count - torch.outer(x, x)
-    covariance.diagonal().add_(_absolute(sums, penalty))
+    added = _absolute(sums, penalty)
+    covariance.diagonal().add_(added)
+    trace = float(covariance.trace())
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    while (
+        failed and added < trace
+    ):  # so small a penalty drowns in the rounding of the sums; a larger one is never worse
+        covariance.diagonal().add_(9 * added)
+        added *= 10
+        factor, failed = torch.linalg.cholesky_ex(covariance)
     cross = sums.xy / sums.count - torch.outer(x, y)
-    weight = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
+    weight = torch.cholesky_solve(cross, factor)
     return LinearMap(weight, y - x @ weight)
 
 

@@ -22,6 +22,7 @@ from blip3o_ds.settings import choose
 from blip3o_kernels import FlowLoss, flow_matching_loss
 
 _TIME, _DROP, _NOISE = range(3)  # independent streams of random numbers of one sample
+_LAST_TIME = 1 - 2.0**-24  # the largest below 1 in fp32: at 1 nothing is left open, and a loss relative to it is NaN
 # The noise of what a model, or a baseline, generates: stream k from here on is that of an image's sample k.
 EVALUATION_STREAM, BASELINE_STREAM = 1 << 32, 1 << 33
 
@@ -54,9 +55,9 @@ class Flow:
         Each row is a function of the seed and its position in the endless order, `[B]` int64; `shape` is `(N, Dc)`.
         The times of successive positions are spread evenly, whatever the batch and the number of ranks.
         """
-        t = self.timesteps.draw(spread_uniforms(seed, positions, _TIME)).to(device=device, dtype=torch.float32)
+        t = self.timesteps.draw(spread_uniforms(seed, positions, _TIME)).clamp_max(_LAST_TIME)
         drop = torch.from_numpy(uniforms(seed, positions, _DROP) < self.cond_dropout).to(device)
-        return normals(seed, positions, _NOISE, shape, device), t, drop
+        return normals(seed, positions, _NOISE, shape, device), t.to(device=device, dtype=torch.float32), drop
 
     def loss(
         self,
@@ -67,15 +68,16 @@ class Flow:
         t: Tensor,
         drop: Tensor,
         folds: Sequence[int] | None = None,
+        held: Tensor | None = None,
     ) -> FlowLoss:
         """Squared error in what the loss weight compares, fp32; `.loss` of the result is the scalar to minimise.
 
-        clip and noise are `[B, N, Dc]`, eva `[B, N, De]`, t `[B]`, drop `[B]` bool; `folds` `[B]` as
-        `LinearGaussian.mean` takes them.
+        clip and noise are `[B, N, Dc]`, eva `[B, N, De]`, t `[B]`, drop and `held` `[B]` bool; `folds` `[B]` as
+        `LinearGaussian.mean` takes them, `held` as `DiT.forward`.
         """
         clip, noise = clip.float(), noise.float()
         point, target = self.prediction.training_pair(clip, noise, t, self.prediction.guess(eva, folds))
-        output = self.prediction.output(model, point, eva, drop)
+        output = self.prediction.output(model, point, eva, drop, held)
         return flow_matching_loss(*self.loss_weight(self.prediction, output, target, point))
 
 

@@ -17,7 +17,8 @@ from blip3o_ds.config import FlowConfig
 from blip3o_ds.flow.path import Path, per_sample
 from blip3o_ds.flow.prior import LinearGaussian
 
-Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x_t, t, eva, drop) -> [B, N, Dc]
+# (x_t, t, eva, drop, held) -> [B, N, Dc]
+Model = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Prediction(ABC):
     def training_pair(self, data: Tensor, noise: Tensor, t: Tensor, guess: Tensor) -> tuple[Point, Tensor]:
         """The point between both ends, and the output there of a network that knows them."""
 
-    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor) -> Tensor:
+    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor, held: Tensor | None = None) -> Tensor:
         """The network's output; the only place that calls the network."""
-        return model(point.x, _times(point, eva), eva, drop)
+        return model(point.x, _times(point, eva), eva, drop, held)
 
     @abstractmethod
     def clean(self, output: Tensor, point: Point) -> Tensor:
@@ -130,8 +131,8 @@ class GaussianPrediction(Prediction):
         noise = self.prior.to_modes(noise)
         return Point(cos * noise + sin * y, t, guess), self._tokens(cos * y - sin * noise)
 
-    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor) -> Tensor:
-        return model(self._tokens(point.x), _times(point, eva), self.prior.standard_eva(eva), drop)
+    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor, held: Tensor | None = None) -> Tensor:
+        return model(self._tokens(point.x), _times(point, eva), self.prior.standard_eva(eva), drop, held)
 
     def clean(self, output: Tensor, point: Point) -> Tensor:
         cos, sin = self._rotation(point.t)
@@ -187,9 +188,9 @@ class RegressionPrediction(GaussianPrediction):
         nothing = torch.zeros_like(noise)
         return super().training_pair(data, nothing, torch.zeros_like(t), guess)
 
-    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor) -> Tensor:
+    def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor, held: Tensor | None = None) -> Tensor:
         nothing = Point(torch.zeros_like(point.x), torch.zeros_like(point.t), point.guess)
-        return super().output(model, nothing, eva, drop)
+        return super().output(model, nothing, eva, drop, held)
 
     def clean(self, output: Tensor, point: Point) -> Tensor:
         return point.guess + self.prior.from_modes(self.prior.std * self._modes(output))

@@ -16,6 +16,7 @@ from blip3o_ds.flow.prior import LinearGaussian
 
 Law = Callable[[Tensor], Tensor]  # the inverse CDF: numbers uniform in (0, 1) -> timesteps
 GRID = 1024  # points of the table that inverts the law of the prior
+REACH = 1000.0  # of the table, in standard deviations of the modes: all but a millionth of the variance at either end
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PriorLaw:
 
     def __init__(self, prior: LinearGaussian, path: Path) -> None:
         variance = prior.variance.double().cpu().flatten()
-        most, least = 8.0 * variance.max().sqrt(), variance.min().sqrt() / 8.0  # noise over data
+        most, least = REACH * variance.max().sqrt(), variance.min().sqrt() / REACH  # noise over data
         ratio = torch.linspace(float(most.log()), float(least.log()), GRID, dtype=torch.float64).exp()
         histogram = variance.log().mul(16).round().div(16).exp().unique(return_counts=True)  # to 3 %: fewer terms
         value, weight = histogram[0], histogram[0] * histogram[1]

@@ -51,8 +51,16 @@ class DiT(nn.Module):
         block = TokenBlock if config.attention == "none" else Block
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.clip_out = layers.zero_projection(D, config.clip_dim)
+        self.gain = layers.Gain()
 
-    def forward(self, noisy_clip: Tensor, timesteps: Tensor, eva: Tensor, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        noisy_clip: Tensor,
+        timesteps: Tensor,
+        eva: Tensor,
+        drop: Tensor | None = None,
+        held: Tensor | None = None,
+    ) -> Tensor:
         """Predict `[B, N, Dc]` for a batch; inputs are cast to the model's dtype, which the output has.
 
         Args:
@@ -60,10 +68,11 @@ class DiT(nn.Module):
             timesteps: `[B]` in [0, 1], 0 is noise and 1 is data; fp32, whatever the model's dtype.
             eva: `[B, N, De]`.
             drop: `[B]` bool, True for samples that must not see their condition; None if all see it.
+            held: `[B]` bool, in training: True for samples that only teach how far the output is trusted (`Gain`).
 
         Raises ValueError, naming the argument, if a shape does not fit the configuration.
         """
-        self._check_inputs(noisy_clip, timesteps, eva, drop)
+        self._check_inputs(len(noisy_clip), noisy_clip=noisy_clip, timesteps=timesteps, eva=eva, drop=drop, held=held)
         noisy_clip, eva = noisy_clip.to(self.dtype), eva.to(self.dtype)
         rope = self.rope()
         timestep = self.timestep(timesteps)  # [B, D]
@@ -77,7 +86,7 @@ class DiT(nn.Module):
             inputs = (residual, x, condition, timestep, rope)
             residual, x = checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
 
-        return self.clip_out(x)
+        return self.gain(self.clip_out(x), timesteps, held)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,10 +130,9 @@ class DiT(nn.Module):
             problem = textwrap.shorten(str(error), 400)
             raise CheckpointError(f"{path}: the weights of another model than {config_name} says: {problem}") from None
 
-    def _check_inputs(self, noisy_clip: Tensor, timesteps: Tensor, eva: Tensor, drop: Tensor | None) -> None:
-        B, N = len(noisy_clip), self.config.num_tokens
+    def _check_inputs(self, B: int, **found: Tensor | None) -> None:
+        N = self.config.num_tokens
         shapes = {"noisy_clip": (B, N, self.config.clip_dim), "timesteps": (B,), "eva": (B, N, self.config.eva_dim)}
-        found = {"noisy_clip": noisy_clip, "timesteps": timesteps, "eva": eva, "drop": drop}
         for name, tensor in found.items():
             shape = shapes.get(name, (B,))
             if tensor is not None and tuple(tensor.shape) != shape:

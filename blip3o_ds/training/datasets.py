@@ -6,11 +6,14 @@ Statistics are computed once, by rank 0, and kept in the run folder; a resumed r
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from blip3o_ds.baselines.baselines import Baselines
 from blip3o_ds.baselines.fit import fit_baselines
@@ -22,6 +25,8 @@ from blip3o_ds.errors import ConfigError
 from blip3o_ds.runs.folder import BASELINES, NORMALIZER
 
 logger = logging.getLogger(__name__)
+
+HELD_PARTS = 10_000  # the calibration share is counted in these
 
 
 def open_train_data(config: RunConfig, bad_samples: BadSamples) -> EmbeddingDataset:
@@ -63,6 +68,24 @@ def prepare_statistics(
         fit_baselines(dataset, normalizer, device=device).save(run_dir / BASELINES)
     dist.barrier()
     return Normalizer.load(run_dir / NORMALIZER), Baselines.load(run_dir / BASELINES)
+
+
+@dataclass(frozen=True)
+class ImageRoles:
+    """What a sample's image is used for: its fold of the baselines' fit, and whether it is held out of training.
+
+    The images held out teach only how far the network's output is trusted (`flow.calibration_share`).
+    """
+
+    dataset: EmbeddingDataset
+    num_folds: int
+    calibration_share: float
+    device: torch.device
+
+    def __call__(self, keys: Sequence[str]) -> tuple[list[int], Tensor]:
+        """The folds and, bool on the device, whether held out, of `keys` (B)."""
+        held = self.dataset.folds(keys, HELD_PARTS) < HELD_PARTS * self.calibration_share
+        return self.dataset.folds(keys, self.num_folds).tolist(), torch.from_numpy(held).to(self.device)
 
 
 def with_dims_of(config: RunConfig, dataset: EmbeddingDataset) -> RunConfig:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from blip3o_ds.baselines.fit import image_folds
 from blip3o_ds.config import RunConfig
 from blip3o_ds.files import atomic_write_json
 from blip3o_ds.progress import format_duration
@@ -52,8 +51,7 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
                 noise, t, drop = run.flow.draw(
                     batch.positions, (clip.shape[1], clip.shape[2]), config.train.seed, engine.device
                 )
-                folds = image_folds(run.loader.dataset, batch.keys, run.baselines.prior.num_folds)
-                result = run.flow.loss(engine, clip, eva, noise, t, drop, folds)
+                result = run.flow.loss(engine, clip, eva, noise, t, drop, *run.roles(batch.keys))
                 meter.add(batch, result, t)
                 engine.backward(result.loss)
                 keys += batch.keys

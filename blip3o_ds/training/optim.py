@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from blip3o_ds.config import TrainConfig
+from blip3o_ds.model.layers import Gain
 from blip3o_ds.settings import choose
 
 # (progress after the warm-up, 0 to 1; `train.min_lr_ratio`) -> share of `train.learning_rate`
@@ -45,10 +46,14 @@ def check_names(train: TrainConfig) -> None:
 
 def build_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
     """The optimizer of `train.optimizer`, with weight decay on matrices only."""
+    gains = [p for m in model.modules() if isinstance(m, Gain) for p in m.parameters()]
+    others = [p for p in model.parameters() if not any(p is gain for gain in gains)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},  # norms, biases
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},  # norms, biases
     ]
+    if gains:
+        groups.append({"params": gains, "weight_decay": 0.0, "lr": train.learning_rate * Gain.RATE})
     return OPTIMIZERS[train.optimizer](groups, train, fused)
 
 

@@ -28,7 +28,7 @@ from blip3o_ds.progress import Progress
 from blip3o_ds.runs.folder import BAD_SAMPLES, CHECKPOINTS, LOG
 from blip3o_ds.training.anomalies import SpikeDetector
 from blip3o_ds.training.checkpoint import CheckpointWriter, TrainState, load_checkpoint, newest_checkpoint
-from blip3o_ds.training.datasets import open_eval_data, open_train_data, prepare_statistics, with_dims_of
+from blip3o_ds.training.datasets import ImageRoles, open_eval_data, open_train_data, prepare_statistics, with_dims_of
 from blip3o_ds.training.engine import Engine
 from blip3o_ds.training.launch import init_distributed
 from blip3o_ds.training.meter import DebugProbe, StepMeter
@@ -54,6 +54,7 @@ class Run:
     normalizer: Normalizer
     baselines: Baselines
     flow: Flow
+    roles: ImageRoles
     engine: Engine
     saver: CheckpointWriter
     stop: StopSignal
@@ -87,6 +88,7 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
             config = keep_global_batch(config, folder, world_size)
         normalizer, baselines = prepare_statistics(config, dataset, folder, rank, device)
         flow = Flow.from_config(config.flow, baselines.prior.to(device))
+        roles = ImageRoles(dataset, baselines.prior.num_folds, config.flow.calibration_share, device)
         splits = open_eval_data(config, dataset, bad_samples)
 
         total_steps = count_steps(config, len(dataset), config.train.global_batch(world_size))
@@ -112,7 +114,7 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
         meter = StepMeter(config, loader, device, DebugProbe(engine) if train.debug_mode else None)
         progress = Progress("training", total_steps, "steps", state.step)
         yield Run(
-            *(config, folder, rank, state, loader, splits, normalizer, baselines, flow, engine, saver, stop),
+            *(config, folder, rank, state, loader, splits, normalizer, baselines, flow, roles, engine, saver, stop),
             *(writer, meter, progress, SpikeDetector()),
         )
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip3o_ds.baselines import fit_baselines
+from blip3o_ds.baselines.fit import fit_baselines
 from blip3o_ds.config import RunConfig, build_run_config
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter

@@ -22,7 +22,7 @@ MATRIX: dict[str, Any] = {
     "preset": "demo",
     "data": {"train": "train", "eval": ["held"]},
     "seeds": [0, 1],
-    "common": {"train.max_steps": 4},
+    "common": {"train.max_steps": 4, "flow.timestep_law": "uniform"},
     "variants": {"uniform": {}, "logit": {"flow": {"timestep_law": "logit_normal"}}},
 }
 

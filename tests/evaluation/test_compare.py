@@ -34,7 +34,7 @@ def test_only_the_settings_that_differ_are_listed_and_no_places(tmp_path):
 
     found = compare([first, second])
 
-    assert found.settings == {"flow.timestep_law": {"a": "uniform", "b": "logit_normal"}}
+    assert found.settings == {"flow.timestep_law": {"a": "prior", "b": "logit_normal"}}
     assert found.results["held"]["b"].readings["sampled"]["clip_similarity"] == 0.6
 
 

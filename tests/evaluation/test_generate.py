@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from blip3o_ds.baselines import fit_baselines
+from blip3o_ds.baselines.fit import fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.format import parts
 from blip3o_ds.data.format.manifest import Manifest
@@ -26,7 +26,6 @@ from blip3o_ds.runs.pretrained import Pretrained
 from tests.evaluation.conftest import linear_pairs, random_model
 
 SETTINGS = EvalConfig(sampler=SamplerConfig(steps=3, seed=5), batch_size=3, max_samples=None)
-FLOW = Flow.from_config(FlowConfig())
 RAW = Normalizer("minimal")
 
 
@@ -69,7 +68,9 @@ def pretrained(source, config):
 
     def together(model=None, normalizer=RAW) -> Pretrained:
         model = random_model(config) if model is None else model
-        return Pretrained(model, FLOW, normalizer, fit_baselines(source, normalizer), config, 0, "ema")
+        baselines = fit_baselines(source, normalizer)
+        flow = Flow.from_config(FlowConfig(prediction="sample"), baselines.prior)  # the network sees EVA as it is
+        return Pretrained(model, flow, normalizer, baselines, config, 0, "ema")
 
     return together
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.baselines import Baselines, fit_baselines
+from blip3o_ds.baselines.fit import fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.format.manifest import key_hashes
 from blip3o_ds.data.normalization import Normalizer
@@ -28,8 +28,17 @@ from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import sample
 from blip3o_ds.runs.pretrained import Pretrained
 from tests.evaluation.conftest import CLIP, TOKENS, linear_pairs, random_model
+from tests.flows import random_prior
 
-READINGS = ("posterior_mean", "sampled", "ridge", "mean_embedding")
+READINGS = (
+    "posterior_mean",
+    "sampled",
+    "linear_gaussian",
+    "ridge_noise",
+    "context_ridge",
+    "ridge",
+    "mean_embedding",
+)
 SAMPLER = SamplerConfig(steps=3)
 RAW = Normalizer("minimal")
 KEYS = [f"image_{number:03d}" for number in range(11)]  # of the images that are evaluated
@@ -51,12 +60,14 @@ def setting(make_dataset, config):
         num_samples=3,
         **ranks,
     ) -> EvalResult:
-        flow = Flow.from_config(FlowConfig(prediction=prediction))
-        pretrained = Pretrained(model, flow, normalizer, fit_baselines(train, normalizer), config, 0, "ema")
+        baselines = fit_baselines(train, normalizer)
+        flow = Flow.from_config(FlowConfig(prediction=prediction), baselines.prior)
+        pretrained = Pretrained(model, flow, normalizer, baselines, config, 0, "ema")
         settings = EvalConfig(sampler=sampler, batch_size=batch_size, max_samples=max_samples, num_samples=num_samples)
         return evaluate(pretrained, held, settings, **ranks)
 
     run.eva, run.clip, run.linear, run.train = eva, clip, linear, train
+    run.flow = Flow.from_config(FlowConfig(prediction="sample"), fit_baselines(train, RAW).prior)
     return run
 
 
@@ -100,7 +111,7 @@ def test_the_baselines_stand_beside_the_model_and_are_those_of_the_training_set(
     assert "coverage" in result.readings["sampled"]
     baselines = fit_baselines(setting.train, RAW)
     eva, clip = setting.eva[30:].double(), setting.clip[30:].double()
-    ridge = (eva - baselines.eva_mean) @ baselines.ridge_weight.double().T + baselines.clip_mean
+    ridge = (eva - baselines.eva_mean) @ baselines.ridge_weight.double() + baselines.ridge_bias
     mean = setting.clip[:30].double().mean((0, 1))
     assert result.readings["ridge"]["mse"] == pytest.approx(float((ridge - clip).square().mean()), rel=1e-5)
     assert result.readings["mean_embedding"]["mse"] == pytest.approx(float((mean - clip).square().mean()), rel=1e-5)
@@ -108,7 +119,7 @@ def test_the_baselines_stand_beside_the_model_and_are_those_of_the_training_set(
 
 
 def test_the_two_readings_are_one_step_from_noise_and_the_solvers(setting, config):
-    model, flow = random_model(config), Flow.from_config(FlowConfig())
+    model, flow = random_model(config), setting.flow
     result = setting(model)
 
     eva, clip = setting.eva[30:], setting.clip[30:].double()
@@ -192,7 +203,7 @@ def test_batch_size_and_number_of_ranks_change_nothing(setting, config, batch_si
 
 
 def test_a_part_is_spread_over_the_set_and_its_images_keep_their_noise(setting, config):
-    model, flow = random_model(config), Flow.from_config(FlowConfig())
+    model, flow = random_model(config), setting.flow
 
     result = setting(model, max_samples=3)
 
@@ -208,10 +219,11 @@ def test_the_noise_is_another_for_each_key_sample_and_seed_and_never_that_of_tra
     keys = [f"image_{number}" for number in range(50)]
     draws = (evaluation_noise, baseline_noise)
     drawn = [draw(keys, k, (4, 4), seed, "cpu") for draw in draws for k, seed in ((0, 0), (1, 0), (0, 1))]
-    drawn.append(Flow.from_config(FlowConfig()).draw(torch.arange(50), (4, 4), 0, "cpu")[0])
+    flow = Flow.from_config(FlowConfig(), random_prior(4, 5, 4))
+    drawn.append(flow.draw(torch.arange(50), (4, 4), 0, "cpu")[0])
     # Nor where the hash of a key is the position of a training sample.
     hashes = torch.from_numpy(key_hashes(keys).astype(np.int64))
-    drawn.append(Flow.from_config(FlowConfig()).draw(hashes, (4, 4), 0, "cpu")[0])
+    drawn.append(flow.draw(hashes, (4, 4), 0, "cpu")[0])
 
     assert len(torch.unique(torch.cat(drawn).flatten(1), dim=0)) == 400
 

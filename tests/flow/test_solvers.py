@@ -8,8 +8,14 @@ import torch
 from blip3o_ds.config import FlowConfig, SamplerConfig
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import posterior_mean, sample
+from tests.flows import random_prior
 
 MU, S = 0.7, 0.5
+PRIOR = random_prior(2, 5, 3)  # these predictions do not use it
+
+
+def build(timestep_law="uniform", **settings) -> Flow:
+    return Flow.from_config(FlowConfig(timestep_law=timestep_law, **settings), PRIOR)
 
 
 def gaussian_model(prediction, mu=MU):
@@ -31,7 +37,7 @@ def noise_and_eva(count=64):
 
 def error(solver, steps, prediction="velocity", shift=1.0):
     noise, eva = noise_and_eva()
-    flow = Flow.from_config(FlowConfig(prediction=prediction, timestep_shift=shift))
+    flow = build(prediction=prediction, timestep_shift=shift)
     out = sample(gaussian_model(prediction), flow, eva, noise, SamplerConfig(steps=steps, solver=solver))
     assert out.dtype == torch.float32
     return (out.double() - (MU + S * noise.double())).abs().mean().item()
@@ -41,7 +47,7 @@ def error(solver, steps, prediction="velocity", shift=1.0):
 def test_errors_fall_with_the_order_of_the_solver(solver, order):
     """On dx/dt = (1 + 2t) x, which ends at e^2 x; the Gaussian flow cancels midpoint's leading error."""
     noise, eva = noise_and_eva()
-    flow = Flow.from_config(FlowConfig(prediction="velocity"))
+    flow = build(prediction="velocity")
     errors = []
     for steps in (20, 40):
         sampler = SamplerConfig(steps=steps, solver=solver)
@@ -63,7 +69,7 @@ def test_a_shifted_schedule_reaches_the_same_data(shift):
 
 def test_a_sample_prediction_lands_on_the_data_with_no_noise_left():
     """Data that is one point: every solver must end on it, whatever the floor that the loss has."""
-    flow = Flow.from_config(FlowConfig(prediction="sample", min_time_to_data=0.5))
+    flow = build(prediction="sample", min_time_to_data=0.5)
     noise, eva = noise_and_eva()
     for solver in ("euler", "midpoint", "heun"):
         for steps in (1, 25):
@@ -75,7 +81,7 @@ def test_a_sample_prediction_lands_on_the_data_with_no_noise_left():
 
 def test_sampling_carries_the_standard_normal_to_the_data_distribution():
     noise = torch.randn(20000, 1, 1, generator=torch.Generator().manual_seed(1))
-    flow = Flow.from_config(FlowConfig(prediction="sample"))
+    flow = build(prediction="sample")
     out = sample(gaussian_model("sample"), flow, noise, noise, SamplerConfig(steps=50, solver="heun"))
     assert out.mean().item() == pytest.approx(MU, abs=0.015)
     assert out.std().item() == pytest.approx(S, rel=0.02)
@@ -84,7 +90,7 @@ def test_sampling_carries_the_standard_normal_to_the_data_distribution():
 @pytest.mark.parametrize("prediction", ["velocity", "sample"])
 def test_posterior_mean_is_the_mean_of_the_data(prediction):
     noise, eva = noise_and_eva()
-    flow = Flow.from_config(FlowConfig(prediction=prediction))
+    flow = build(prediction=prediction)
     out = posterior_mean(gaussian_model(prediction), flow, eva, noise)
     torch.testing.assert_close(out.double(), torch.full_like(out, MU, dtype=torch.float64), atol=1e-6, rtol=0)
 
@@ -107,7 +113,7 @@ class Recorder:
 def test_guidance_extrapolates_from_unconditional_to_conditional(scale, clean):
     model, (noise, eva) = Recorder(), noise_and_eva()
     sampler = SamplerConfig(steps=4, guidance_scale=scale)
-    out = sample(model, Flow.from_config(FlowConfig(prediction="sample")), eva, noise, sampler)
+    out = sample(model, build(prediction="sample"), eva, noise, sampler)
     torch.testing.assert_close(out, torch.full_like(out, clean), atol=1e-5, rtol=0)
     assert model.conditional == 4
     assert model.unconditional == (0 if scale == 1.0 else 4)
@@ -120,7 +126,7 @@ def test_the_schedule_is_shifted_as_training_was():
         times.append(t[0].item())
         return x_t
 
-    flow = Flow.from_config(FlowConfig(prediction="sample", timestep_shift=3.0))
+    flow = build(prediction="sample", timestep_shift=3.0)
     noise, eva = noise_and_eva()
     sample(model, flow, eva, noise, SamplerConfig(steps=4))
     sigmas = [1.0, 0.75, 0.5, 0.25]

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from blip3o_ds.data.format.codec import decode_all
-from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo, folds_of
 from blip3o_ds.data.format.schema import TokenLayout
 from blip3o_ds.data.reading.bad_samples import SLOW_READ_SECONDS, BadSamples, Replacements
 from blip3o_ds.data.reading.cache import CacheFull, Prefetcher, ShardCache, ShardLease
@@ -143,6 +143,10 @@ class EmbeddingDataset:
         """What came with the sample: caption and other fields."""
         reader, row = self._locate(shard, index)
         return reader.meta(row)
+
+    def folds(self, keys: Sequence[str], folds: int) -> np.ndarray:
+        """The fold of each key's image, [B] int64: all views of an image are in one."""
+        return folds_of([self.spec.image_of(key) for key in keys], folds)
 
     def keys(self, shard: int) -> list[str]:
         """The keys of all samples of a shard, in order, whatever `max_samples`."""
