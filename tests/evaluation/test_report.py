@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from blip3o_ds.baselines.baselines import Baselines
 from blip3o_ds.baselines.fit import fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, SamplerConfig
 from blip3o_ds.data.format.manifest import key_hashes
@@ -158,7 +159,6 @@ def test_a_baseline_that_samples_gets_noise_of_its_own_and_stands_in_the_table(s
         return {"ridge_noise": self.predict_ridge(eva) + noise, "new_one": self.predict_mean(eva)[None]}
 
     monkeypatch.setattr(Baselines, "readings", readings)
-    monkeypatch.setattr(Baselines, "directions", None)
 
     result = setting(random_model(config))
 
@@ -168,7 +168,7 @@ def test_a_baseline_that_samples_gets_noise_of_its_own_and_stands_in_the_table(s
         assert torch.equal(noise[k], baseline_noise(KEYS, k, (TOKENS, CLIP), SAMPLER.seed, "cpu"))
     assert tuple(result.readings) == ("posterior_mean", "sampled", "ridge_noise", "new_one")
     assert result.readings["ridge_noise"]["spread_skill"] > 0
-    assert "coverage" not in result.readings["ridge_noise"]  # there are no directions
+    assert "coverage" in result.readings["ridge_noise"]
     labels = [line[:22].strip() for line in format_table({"held": result}).splitlines()[4:6]]
     assert labels == ["ridge + Gaussian noise", "new one"]
 
