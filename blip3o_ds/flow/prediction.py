@@ -17,8 +17,8 @@ from blip3o_ds.config import FlowConfig
 from blip3o_ds.flow.path import Path, per_sample
 from blip3o_ds.flow.prior import LinearGaussian
 
-# (x_t, t, eva, drop, held) -> [B, N, Dc]
-Model = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# (x_t, t, eva, drop) -> [B, N, Dc]; in training `held` follows, as `DiT.forward` takes it
+Model = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ class Prediction(ABC):
 
     def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor, held: Tensor | None = None) -> Tensor:
         """The network's output; the only place that calls the network."""
-        return model(point.x, _times(point, eva), eva, drop, held)
+        return self._call(model, point.x, point, eva, drop, held)
+
+    def _call(self, model: Model, x: Tensor, point: Point, eva: Tensor, drop: Tensor, held: Tensor | None) -> Tensor:
+        inputs = x, point.t.expand(len(eva)).float(), eva, drop
+        return model(*inputs) if held is None else model(*inputs, held)
 
     @abstractmethod
     def clean(self, output: Tensor, point: Point) -> Tensor:
@@ -132,7 +136,7 @@ class GaussianPrediction(Prediction):
         return Point(cos * noise + sin * y, t, guess), self._tokens(cos * y - sin * noise)
 
     def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor, held: Tensor | None = None) -> Tensor:
-        return model(self._tokens(point.x), _times(point, eva), self.prior.standard_eva(eva), drop, held)
+        return self._call(model, self._tokens(point.x), point, self.prior.standard_eva(eva), drop, held)
 
     def clean(self, output: Tensor, point: Point) -> Tensor:
         cos, sin = self._rotation(point.t)
@@ -163,7 +167,7 @@ class GaussianPrediction(Prediction):
         return self.prior.tokens @ output.float()
 
     def _std(self, t: Tensor) -> Tensor:
-        """Of x_t under the prior, by mode."""
+        """The standard deviation of x_t under the prior, by mode."""
         t = per_sample(t)
         return (self.path.alpha(t).square() * self.prior.variance + self.path.sigma(t).square()).sqrt()
 
@@ -205,10 +209,6 @@ PREDICTIONS: dict[str, Callable[[Path, LinearGaussian], Prediction]] = {
     "velocity": VelocityPrediction,
     "regression": RegressionPrediction,
 }
-
-
-def _times(point: Point, eva: Tensor) -> Tensor:
-    return point.t.expand(len(eva)).float()
 
 
 # (prediction, output, target, point) -> the two tensors [B, N, Dc] that the loss compares

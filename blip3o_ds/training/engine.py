@@ -103,7 +103,7 @@ class Engine:
         """Whether any step was applied; before the first there is no moving average."""
         return self.global_steps > self.skipped_steps
 
-    def __call__(self, *inputs: Tensor | None, **named: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return self._deepspeed(*inputs, **named)
 
