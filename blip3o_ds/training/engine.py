@@ -196,7 +196,7 @@ def resolve_deepspeed_config(
     _fill(settings, ours, source)
     if stage:
         # The defaults, 5e8 elements, would take gigabytes for a model of a few million parameters.
-        bucket = min(num_parameters, MAX_BUCKET_ELEMENTS)
+        bucket = min(num_parameters + num_parameters % 2, MAX_BUCKET_ELEMENTS)  # DeepSpeed refuses odd sizes
         _fill(zero, {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}, source)
         if zero.get("zero_hpz_partition_size") == "auto":
             zero["zero_hpz_partition_size"] = ranks_per_node
