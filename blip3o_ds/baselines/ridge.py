@@ -151,7 +151,7 @@ def _solve(sums: Sums, penalty: float) -> LinearMap:
     covariance.diagonal().add_(added)
     trace = float(covariance.trace())
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    while failed and added < trace:  # so small a penalty drowns in the rounding of the sums; a larger one is never worse
+    while failed and added < trace:  # so small a penalty drowns in the rounding of the sums
         covariance.diagonal().add_(9 * added)
         added *= 10
         factor, failed = torch.linalg.cholesky_ex(covariance)

@@ -162,7 +162,7 @@ class GaussianPrediction(Prediction):
         return self.prior.tokens @ output.float()
 
     def _std(self, t: Tensor) -> Tensor:
-        """Of x_t under the prior, by mode."""
+        """The standard deviation of x_t under the prior, by mode."""
         t = per_sample(t)
         return (self.path.alpha(t).square() * self.prior.variance + self.path.sigma(t).square()).sqrt()
 
