@@ -11,8 +11,10 @@ import torch
 from benchmarks.measure import Rates, Task, Timer, alternate, peak_memory
 from benchmarks.providers import OURS
 from benchmarks.runner import Step
+from blip3o_ds.baselines.fit import BASIS_WIDTH, FOLDS
 from blip3o_ds.config import FlowConfig, ModelConfig, get_blip3o_clip_config
 from blip3o_ds.flow.flow import Flow
+from blip3o_ds.flow.prior import LinearGaussian
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.planning.flops import train_flops_per_sample
 from blip3o_kernels import use_kernels
@@ -36,12 +38,13 @@ class TrainStep:
             clip, noise = (torch.randn(*sizes, config.clip_dim) for _ in range(2))
             eva = torch.randn(*sizes, config.eva_dim, dtype=torch.bfloat16)
             t, drop = torch.rand(batch_size), torch.rand(batch_size) < 0.1
-        self.batch = clip, eva, noise, t, drop
+        folds = [row % FOLDS for row in range(batch_size)]
+        self.batch = clip, eva, noise, t, drop, folds
         self.weights = list(model.parameters())
         self.masters = [w.detach().float().requires_grad_() for w in self.weights]
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=device == "cuda")
         self.model = torch.compile(model, fullgraph=True) if compiled else model
-        self.objective = Flow.from_config(FlowConfig())
+        self.objective = Flow.from_config(FlowConfig(), plain_prior(config, device))
 
     def __call__(self) -> torch.Tensor:
         """The loss of this step, before its update."""
@@ -54,6 +57,21 @@ class TrainStep:
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.masters)
         return loss.detach()
+
+
+def plain_prior(config: ModelConfig, device: str) -> LinearGaussian:
+    """A prior of the size of a fitted one, for embeddings of unit variance; its work does not depend on its values."""
+    width, features = min(BASIS_WIDTH, config.eva_dim), config.eva_dim + 9 * min(BASIS_WIDTH, config.eva_dim) + 1
+    with torch.device(device):
+        return LinearGaussian(
+            eva_mean=torch.zeros(config.eva_dim),
+            eva_std=torch.ones(config.eva_dim),
+            basis=torch.eye(config.eva_dim)[:, :width],
+            weight=torch.zeros(features, config.clip_dim),
+            fold_weights=torch.zeros(FOLDS, features, config.clip_dim),
+            channels=torch.eye(config.clip_dim),
+            variance=torch.ones(config.num_tokens, config.clip_dim),
+        )
 
 
 def time_steps(presets: list[str], timer: Timer, rates: Rates, rounds: int) -> list[Step]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -27,14 +26,16 @@ from blip3o_ds.data.tools.verify import verify
 from blip3o_ds.encoders.registry import ENCODERS
 from blip3o_ds.evaluation.metrics import METRICS, Metric
 from blip3o_ds.evaluation.report import evaluate, format_table
-from blip3o_ds.flow.flow import build_flow
-from blip3o_ds.flow.path import PATHS, Path
-from blip3o_ds.flow.solvers import sample
+from blip3o_ds.flow.flow import Flow, check_flow
+from blip3o_ds.flow.path import PATHS
+from blip3o_ds.flow.prediction import PREDICTIONS, Point, Prediction
+from blip3o_ds.flow.solvers import posterior_mean, sample
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.runs.pretrained import Pretrained
 from blip3o_ds.training.optim import SCHEDULES, check_names, learning_rate_factor
 from tests.conftest import PROJECT, write_embeddings
 from tests.encoders.conftest import tiny_spec
+from tests.flows import CosinePath, random_prior
 
 TEXT = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MODEL = {"eva_dim": 12, "clip_dim": 8, "grid_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2,
@@ -59,33 +60,36 @@ def test_every_table_is_in_the_file_that_is_named_with_it():
         assert re.search(rf"^{table}\b.*=", (PROJECT / file).read_text(), re.MULTILINE), (file, table)
 
 
-class QuarterCircle(Path):
-    """`alpha = sin(pi t / 2)`, `sigma = cos(pi t / 2)`."""
-
-    def alpha(self, t):
-        return torch.sin(math.pi / 2 * t)
-
-    def sigma(self, t):
-        return torch.cos(math.pi / 2 * t)
-
-    def d_alpha(self, t):
-        return math.pi / 2 * torch.cos(math.pi / 2 * t)
-
-    def d_sigma(self, t):
-        return -math.pi / 2 * torch.sin(math.pi / 2 * t)
-
-
 def test_change_the_flow(monkeypatch):
-    monkeypatch.setitem(PATHS, "quarter_circle", QuarterCircle)
-    config = load_run_config("demo", overrides=["flow.path=quarter_circle", "flow.timestep_shift=1"])
-    flow, clip = build_flow(config), torch.full((2, 4, 3), 5.0)
+    """A path, and a prediction of what a guess of the clean embedding lacks."""
+
+    class Missing(Prediction):
+        def guess(self, eva, folds):
+            return self.prior.mean(eva, folds)
+
+        def training_pair(self, data, noise, t, guess):
+            return Point(self.path.point(data, noise, t), t, guess), data - guess
+
+        def clean(self, output, point):
+            return point.guess + output.float()
+
+    monkeypatch.setitem(PATHS, "quarter_circle", CosinePath)
+    monkeypatch.setitem(PREDICTIONS, "missing", Missing)
+    chosen = ["flow.path=quarter_circle", "flow.prediction=missing", "flow.timestep_law=uniform"]
+    config = load_run_config("demo", overrides=chosen)
+    check_flow(config)
+    flow = Flow.from_config(config.flow, random_prior(4, 5, 3))
+    eva, clip = torch.ones(2, 4, 5), torch.full((2, 4, 3), 5.0)
+    guess = flow.prediction.guess(eva, None)
 
     def knows_the_data(x_t, t, eva, drop):
-        return clip
+        return clip - guess
 
     noise, t, drop = flow.draw(torch.arange(2), (4, 3), 0, "cpu")
-    assert flow.loss(knows_the_data, clip, clip, noise, t, drop).loss == 0
-    generated = sample(knows_the_data, flow, clip, noise, config.eval.sampler)
+    assert flow.loss(knows_the_data, clip, eva, noise, t, drop).loss < 1e-10
+    assert flow.loss(lambda x_t, *_: torch.zeros_like(x_t), clip, eva, noise, t, drop).loss > 1
+    torch.testing.assert_close(posterior_mean(knows_the_data, flow, eva, noise), clip)
+    generated = sample(knows_the_data, flow, eva, noise, config.eval.sampler)
     torch.testing.assert_close(generated, clip, atol=0.02, rtol=0)  # Euler's error on a curved path
 
 
@@ -158,7 +162,7 @@ def test_add_a_metric(monkeypatch, dataset):
     monkeypatch.setitem(METRICS, "worst_similarity", Metric("worst", lambda c: c.column("similarity").min()))
     config, normalizer = build_run_config({"model": MODEL, "eval": {"sampler": {"steps": 1}}}), Normalizer("minimal")
     baselines = fit_baselines(dataset, normalizer)
-    flow, model = build_flow(config), DiT(config.model).eval()
+    flow, model = Flow.from_config(config.flow, baselines.prior), DiT(config.model).eval()
     pretrained = Pretrained(model, flow, normalizer, baselines, config, 0, "model")
 
     result = evaluate(pretrained, dataset, config.eval)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blip3o_ds.config import build_run_config
+from blip3o_ds.config import SamplerConfig, build_run_config
 from blip3o_ds.errors import CheckpointError, DataError
+from blip3o_ds.flow.solvers import sample
 from blip3o_ds.model.dit import DiT
 from blip3o_ds.runs.checkpoint import SEAL, find_checkpoint
 from blip3o_ds.runs.folder import RUN_CONFIG
@@ -129,6 +130,19 @@ def test_an_export_is_the_checkpoint_it_was_made_from(run_dir, tmp_path, config,
     assert (loaded.config.train.precision, loaded.normalizer.mode) == ("bf16", "minimal")
     assert torch.equal(loaded.baselines.ridge_weight, load_pretrained(run_dir, "cpu").baselines.ridge_weight)
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]
+
+
+def test_an_export_generates_what_its_run_does_and_has_no_maps_of_folds(run_dir, tmp_path):
+    export(run_dir, tmp_path / "export")
+    run, exported = load_pretrained(run_dir, "cpu"), load_pretrained(tmp_path / "export", "cpu")
+    eva, noise = torch.randn(2, TOKENS, EVA), torch.randn(2, TOKENS, CLIP)
+
+    found = [sample(p.model, p.flow, eva, noise, SamplerConfig(steps=3)) for p in (run, exported)]
+
+    assert torch.equal(*found)
+    assert run.config.flow.prediction == "gaussian"  # which needs the prior
+    assert (run.baselines.prior.num_folds, exported.baselines.prior.num_folds) == (5, 0)
+    assert not torch.equal(found[0], sample(run.model, exported.flow, eva, -noise, SamplerConfig(steps=3)))
 
 
 def test_an_export_carries_what_standardisation_needs(run_dir, tmp_path, config):

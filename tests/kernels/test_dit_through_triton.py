@@ -8,6 +8,7 @@ from blip3o_ds.config import FlowConfig, ModelConfig
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.model.dit import DiT
 from blip3o_kernels import use_kernels
+from tests.flows import random_prior
 from tests.kernels.accuracy import DEVICE, random
 
 CONFIG = ModelConfig(
@@ -50,7 +51,8 @@ def batch(size=2):
 def train(mode, steps=2, dtype=torch.float32, model=None):
     model = build(dtype) if model is None else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    objective, losses = Flow.from_config(FlowConfig()), []
+    prior = random_prior(CONFIG.num_tokens, CONFIG.eva_dim, CONFIG.clip_dim).to(DEVICE)
+    objective, losses = Flow.from_config(FlowConfig(), prior), []
     with use_kernels(mode):
         for _ in range(steps):
             loss = objective.loss(model, *batch()).loss

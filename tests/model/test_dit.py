@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from blip3o_ds.config import ModelConfig, get_blip3o_clip_config
-from blip3o_ds.errors import ConfigError
 from blip3o_ds.model.dit import DiT
 
 TINY = {
@@ -43,30 +42,23 @@ def test_presets_have_the_stated_number_of_parameters(preset, millions):
     assert model.num_parameters() == pytest.approx(millions * 1e6, rel=0.03)
 
 
-@pytest.mark.parametrize("fields", [{}, {"linear_skip": "zero"}])
-def test_output_is_zero_at_initialisation(fields):
-    model = build(**fields)
+def test_output_is_zero_at_initialisation():
+    model = build()
     assert not model(*batch(model)).any()
 
 
-def test_output_is_the_linear_skip_at_initialisation():
-    model = build(linear_skip="ridge")
+def test_the_condition_reaches_the_output_when_all_branches_are_shut():
+    """It is part of the residual stream: what is linear in EVA needs no attention."""
+    model = build()
+    torch.nn.init.normal_(model.clip_out.weight)
     noisy, t, eva = batch(model)
-    weight, mean, bias = torch.randn(6, 10), torch.randn(10), torch.randn(6)
-    model.set_linear_skip(weight, mean, bias)
+    expected = model.first_norm(model.clip_in(noisy) + model.condition(eva, None)) @ model.clip_out.weight.T
 
-    out = model(noisy, t, eva, torch.tensor([False, True, False]))
-
-    expected = (eva.double() - mean.double()) @ weight.double().T + bias.double()
-    torch.testing.assert_close(out[[0, 2]].double(), expected[[0, 2]], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out[1], bias.expand(9, 6))
-
-
-def test_a_linear_skip_that_is_absent_or_of_another_shape_is_refused():
-    with pytest.raises(ConfigError, match=r"model\.linear_skip = none"):
-        build().set_linear_skip(torch.ones(6, 10), torch.ones(10), torch.ones(6))
-    with pytest.raises(ConfigError, match=r"weight: expected \[6, 10\], found \[10, 6\]"):
-        build(linear_skip="ridge").set_linear_skip(torch.ones(10, 6), torch.ones(10), torch.ones(6))
+    torch.testing.assert_close(model(noisy, t, eva), expected, atol=1e-5, rtol=1e-5)
+    other = eva.clone()
+    other[:, 4] += 1
+    moved = (model(noisy, t, other) - model(noisy, t, eva)).abs().amax(dim=(0, 2))
+    assert moved.nonzero().flatten().tolist() == [4]  # each token's own
 
 
 @pytest.mark.parametrize(
@@ -85,14 +77,15 @@ def test_any_grid_layout_and_heads_work(fields):
 
 def test_forward_is_the_papers_block_written_out():
     """Recompute in float64 with separate pre-norms: x + tanh(gate) * post(branch(pre(x) * (1 + scale)))."""
-    model = open_gates(build(num_layers=2, linear_skip="none")).double()
+    model = open_gates(build(num_layers=2)).double()
     noisy, t, eva = (x.double() for x in batch(model))
 
     def norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
     c = model.timestep(t)
-    condition, x = model.condition(eva, None), model.clip_in(noisy)
+    condition = model.condition(eva, None)
+    x = model.clip_in(noisy) + condition
     pre_weight, pre_scale = model.first_norm.weight, model.first_modulation.linear(c)
     for block in model.blocks:
         branches = [
@@ -125,13 +118,13 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 @pytest.mark.parametrize("layout", ["patch_only", "cls_patch"])
 def test_every_parameter_gets_a_gradient_once_the_gates_are_open(layout):
-    model = open_gates(build(linear_skip="ridge", token_layout=layout))
+    model = open_gates(build(token_layout=layout))
     assert [name for name, gradient in gradients(model, False).items() if not gradient.any()] == []
 
 
 def test_no_parameter_is_used_outside_the_module_that_owns_it():
     """What ZeRO-3 needs: hide each module's parameters except during its own forward."""
-    model = open_gates(build(linear_skip="ridge"))
+    model = open_gates(build())
     inputs = (*batch(model), torch.tensor([True, False, False]))
     expected = model(*inputs)
     hidden = {p: p.data for m in model.modules() if m is not model for p in m.parameters(recurse=False)}
@@ -152,7 +145,7 @@ def test_no_parameter_is_used_outside_the_module_that_owns_it():
 
 
 def test_a_dropped_sample_does_not_see_its_condition():
-    model = open_gates(build(linear_skip="ridge"))
+    model = open_gates(build())
     noisy, t, eva = batch(model)
     other, drop = eva + torch.randn_like(eva), torch.tensor([True, False, True])
     a, b = model(noisy, t, eva, drop), model(noisy, t, other, drop)
@@ -165,7 +158,12 @@ def test_a_dropped_sample_does_not_see_its_condition():
 def test_cross_attention_sees_where_a_condition_token_is_only_with_rope(rotary):
     model = open_gates(build(cross_attention_rope=rotary))
     noisy, t, eva = batch(model)
-    unchanged = torch.allclose(model(noisy, t, eva), model(noisy, t, eva.flip(1)), atol=1e-5)
+    x, timestep, condition = model.clip_in(noisy), model.timestep(t), model.condition(eva, None)
+
+    def after_a_block(condition):
+        return model.blocks[0](x, x, condition, timestep, model.rope())[0]
+
+    unchanged = torch.allclose(after_a_block(condition), after_a_block(condition.flip(1)), atol=1e-5)
     assert unchanged != rotary
 
 
@@ -177,7 +175,7 @@ def test_timesteps_are_told_apart_and_kept_in_fp32():
 
 
 def test_a_bf16_model_takes_fp32_inputs_and_stays_near_the_fp32_one():
-    model = open_gates(build(linear_skip="ridge"))
+    model = open_gates(build())
     inputs = batch(model)
     exact = model(*inputs)
     low = model.bfloat16()(*inputs)
@@ -186,7 +184,7 @@ def test_a_bf16_model_takes_fp32_inputs_and_stays_near_the_fp32_one():
 
 
 def test_autocast_over_fp32_weights_trains():
-    model = open_gates(build(linear_skip="ridge"))
+    model = open_gates(build())
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(*batch(model), torch.tensor([True, False, False])).float().square().mean()
     loss.backward()

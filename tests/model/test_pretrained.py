@@ -12,7 +12,7 @@ from blip3o_ds.model.dit import DiT, read_pretrained_config
 
 FIELDS = {
     "eva_dim": 10, "clip_dim": 6, "grid_size": 2, "hidden_size": 16, "num_layers": 1, "num_heads": 2,
-    "num_kv_heads": 1, "ffn_dim": 20, "linear_skip": "ridge",
+    "num_kv_heads": 1, "ffn_dim": 20,
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_a_run_is_resumed_with_its_own_settings_and_what_is_given_on_top(run_dir
     [
         ("train.seed=8", "train.seed was 7"),
         ("model.ffn_dim=32", "model.ffn_dim was 64"),
-        ("flow.timestep_shift=2", "flow.timestep_shift was 30.0"),
+        ("flow.timestep_shift=2", "flow.timestep_shift was 1.0"),
         ("train.num_epochs=2", "train.num_epochs was None"),
     ],
 )
