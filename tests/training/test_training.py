@@ -53,9 +53,7 @@ def test_every_zero_stage_and_one_process_give_the_same_losses_and_averages(
             torch.testing.assert_close(average, expected_average, rtol=0, atol=1e-6)
 
 
-def test_a_run_begins_at_the_prior_whose_error_on_images_left_out_is_the_unit_of_the_loss(
-    embeddings, tmp_path, launch
-):
+def test_a_run_begins_at_the_prior_whose_error_on_images_left_out_is_the_unit_of_the_loss(embeddings, tmp_path, launch):
     """Against maps that have seen their images the loss would begin near 0.7."""
     settings = {"train.precision": "fp32", "train.learning_rate": 1e-9, "train.max_steps": 10}
     run = launch(embeddings, tmp_path / "out", None, settings)
