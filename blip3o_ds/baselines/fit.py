@@ -35,6 +35,7 @@ COST_SAMPLES = 64  # about 16,000 tokens, four times the channels of EVA-CLIP-8B
 BASIS_WIDTH = 128  # principal directions of EVA in which the surroundings are seen
 MAX_DIRECTIONS = 16  # in which coverage is measured
 SHRINKAGE = 10.0  # samples that the separable model of the modes' variance counts as
+LARGEST = 1e15  # of an embedding's numbers: sums of squares stay far below what fp32 holds
 LEAST_VARIANCE = 1e-4  # of a mode, relative to the mean of all modes
 
 
@@ -49,7 +50,7 @@ def fit_baselines(
     Memory is that of seven matrices [F, F] in float64, with F = De + 9 * 128 features.
 
     Raises:
-        DataError: the dataset is empty, or an embedding is not finite.
+        DataError: the dataset is empty, or an embedding is not finite or absurdly large.
     """
     reading = _Reading(dataset, normalizer, spread_indices(len(dataset), max_samples), device)
     eva_mean, eva_std, covariance, clip_mean = _survey(reading)
@@ -124,10 +125,12 @@ class _Reading:
         for batch in read_batches(self.dataset, indices, FIT_BATCH):
             pair = self.normalizer({name: batch[name].float() for name in ("eva", "clip")})
             eva, clip = (tensor.to(self.device) for tensor in pair.values())
-            if not (eva.isfinite().all() and clip.isfinite().all()):
+            right = [(tensor.abs() < LARGEST).all(dim=(1, 2)) for tensor in (eva, clip)]  # not true of NaN either
+            wrong = [key for key, fits in zip(batch.keys, (right[0] & right[1]).tolist(), strict=True) if not fits]
+            if wrong:
                 raise DataError(
-                    f"samples {', '.join(batch.keys)}: one of their embeddings holds NaN or infinity; "
-                    "blip3o-ds data verify DIR names it"
+                    f"{', '.join(wrong)}: NaN, infinity or a number above {LARGEST:g} in the embeddings; "
+                    "blip3o-ds data verify DIR names every sample with NaN or infinity"
                 )
             yield self.dataset.folds(batch.keys, FOLDS).tolist(), eva, clip
             done += len(batch.keys)

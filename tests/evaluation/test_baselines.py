@@ -310,21 +310,27 @@ def test_cls_is_predicted_from_itself_and_the_image(make_dataset, tmp_path):
     assert fitted.prior_r2 > 0.98
 
 
-def test_a_dataset_without_samples_or_with_nan_is_an_error_that_says_so(make_dataset):
+def test_a_dataset_without_samples_is_an_error(make_dataset):
+    eva, clip, _ = linear_pairs(6, noise=0.5)
+    with pytest.raises(DataError, match="at least one training sample"):
+        fit_baselines(make_dataset(eva, clip), RAW, max_samples=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 3e38, -1e16])
+@pytest.mark.parametrize("side", ["eva", "clip"])
+def test_a_sample_that_would_spoil_every_sum_is_named(make_dataset, side, value):
     eva, clip, _ = linear_pairs(6, noise=0.5)
     dataset = make_dataset(eva, clip)
-    with pytest.raises(DataError, match="at least one training sample"):
-        fit_baselines(dataset, RAW, max_samples=0)
 
     class Damaged(Normalizer):
         """The writer refuses NaN, so it comes in here."""
 
         def __call__(self, pair):
             broken = {name: value.clone() for name, value in pair.items()}
-            broken["clip"][2, 0, 0] = float("nan")
+            broken[side][2, 0, 0] = value
             return broken
 
-    with pytest.raises(DataError, match=r"image_002.*NaN or infinity; blip3o-ds data verify DIR"):
+    with pytest.raises(DataError, match=r"^image_002: NaN, infinity or a number above 1e\+15 in the embeddings; "):
         fit_baselines(dataset, Damaged("minimal"))
 
 

@@ -8,27 +8,42 @@ import statistics
 import pytest
 import torch
 
+from blip3o_ds.baselines.fit import MAX_FIT_SAMPLES
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.loader import spread_indices
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.training.anomalies import SpikeDetector
 from tests.conftest import PROJECT, write_embeddings
 
-SHARD, INDEX = GlobalOrder([8] * 5, seed=0).locate(21)  # the sixth batch of four
-BAD = f"sample_{8 * SHARD + INDEX:05d}"
+SHARDS = [100] * 30  # more samples than the baselines are fitted to, since the fit refuses a bad one
+FITTED = set(spread_indices(sum(SHARDS), MAX_FIT_SAMPLES))
 
 
-@pytest.fixture
-def poisoned(tmp_path):
-    """40 samples, of which BAD has a condition so large that the network's first sum overflows fp32."""
-    generator = torch.Generator().manual_seed(0)
+def first_not_fitted(batches: range) -> str:
+    """The key of the first sample in these batches of four that the fit does not read."""
+    places = (GlobalOrder(SHARDS, seed=0).locate(at) for at in range(4 * batches.start, 4 * batches.stop))
+    return key_of(next(i for i in (100 * shard + index for shard, index in places) if i not in FITTED))
+
+
+def key_of(index: int) -> str:
+    return f"sample_{index:05d}"
+
+
+BAD, LATER = first_not_fitted(range(5, 8)), first_not_fitted(range(11, 15))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """3000 samples, of which BAD and LATER have a condition so large that the network's first sum overflows fp32."""
+    folder, generator = tmp_path_factory.mktemp("data") / "poisoned", torch.Generator().manual_seed(0)
     spec = DatasetSpec.pair(16, "patch_only", 12, 8, "fp32", "made-up-eva", "made-up-clip")
-    with DatasetWriter(tmp_path / "poisoned", spec, samples_per_shard=8) as writer:
-        for i in range(40):
+    with DatasetWriter(folder, spec, samples_per_shard=100) as writer:
+        for i in range(sum(SHARDS)):
             eva, clip = torch.randn(16, 12, generator=generator), torch.randn(16, 8, generator=generator)
-            key = f"sample_{i:05d}"
-            writer.write(key, {"eva": eva.sign() * 3e38 if key == BAD else eva, "clip": clip}, {})
-    return tmp_path / "poisoned"
+            bad = key_of(i) in (BAD, LATER)
+            writer.write(key_of(i), {"eva": eva.sign() * 3e38 if bad else eva, "clip": clip}, {})
+    return folder
 
 
 def settings_of(tmp_path, **settings) -> dict:
@@ -76,7 +91,7 @@ def test_the_run_stops_when_going_back_was_in_vain(poisoned, tmp_path, launch):
     assert run.returncode == 1
     assert "Traceback" not in run.output
     assert "after 1 of train.max_rollbacks = 1 returns to a checkpoint; the last good checkpoint is" in run.output
-    assert [bad["not_finite"] for bad in bad_batches(run)] == [[BAD]] * 2
+    assert [bad["not_finite"] for bad in bad_batches(run)] == [[BAD], [LATER]]
 
 
 def test_the_z_score_is_that_of_its_definition():
