@@ -90,7 +90,7 @@ class FlowConfig(Section):
     )
     timestep_law: str = setting(
         "prior",
-        "distribution of t in training; prior: every share of the prior's variance alike, in sampling too",
+        "distribution of t in training; prior: every share of the prior's variance alike",
         table=f"{FLOW}.timesteps:TIMESTEP_LAWS",
     )
     calibration_share: float = setting(
