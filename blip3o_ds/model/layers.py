@@ -100,7 +100,7 @@ class SwiGLU(nn.Module):
 
 
 class Gain(nn.Module):
-    """How far the output is trusted, by timestep: a factor, piecewise linear in t, one at initialisation.
+    """How far the output is trusted, by timestep: a factor from 0 to 1, piecewise linear in t, 1 at initialisation.
 
     A network that has seen few images is too sure of itself on new ones. Held-out samples teach the factor and nothing
     else, the others all else, so it becomes the least-squares one on images that the network has not seen.
@@ -117,7 +117,8 @@ class Gain(nn.Module):
         """out: [B, N, Dc], timesteps: [B]; held: [B] bool in training, None otherwise."""
         place = timesteps.float() * (self.KNOTS - 1)
         left = place.long().clamp(0, self.KNOTS - 2)
-        factor = torch.lerp(self.value[left], self.value[left + 1], (place - left).to(out.dtype))[:, None, None]
+        value = self.value + (self.value.clamp(0, 1) - self.value).detach()  # whose gradient does not end at the bounds
+        factor = torch.lerp(value[left], value[left + 1], (place - left).to(out.dtype))[:, None, None]
         if held is None:
             return factor * out
         return torch.where(held[:, None, None], factor * out.detach(), out)
