@@ -71,7 +71,6 @@ SMALL = {  # a model that trains in milliseconds
     "model.num_heads": 4,
     "model.num_kv_heads": 2,
     "model.ffn_dim": 64,
-    "model.linear_skip": "none",
     "train.max_steps": 6,
     "train.micro_batch_size": 4,
     "train.log_every": 1,
