@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_ds.baselines.fit import image_folds
 from blip3o_ds.config import EvalConfig, SamplerConfig
 from blip3o_ds.data.format.manifest import key_hashes
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
@@ -66,6 +67,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
+    num_folds: int = 0,
 ) -> EvalResult:
     """Generate the embeddings of `dataset` and compare them with the true ones.
 
@@ -74,6 +76,9 @@ def evaluate(
     baselines follow. Metrics are computed on raw embeddings, after inverting the normalisation; with `full`, which
     cannot be inverted, on unit-norm ones, and the generated ones are taken as they are. Where `settings.max_samples`
     images are fewer, they are spread over the dataset.
+
+    Images that the prior was fitted to are guessed as in training, by the map of those `num_folds` that has not seen
+    them; with 0 they count as new. A network that learnt to correct that guess cannot correct the better one.
 
     Each rank takes every `world_size`-th image, `gather` collects their sums, and every rank returns the whole result.
     Some ranks run the model once more than others, so its forward pass must not communicate.
@@ -91,7 +96,8 @@ def evaluate(
     progress = Progress("evaluating", len(own))
     done = 0
     for batch in read_batches(dataset, own, settings.batch_size):
-        target, generated = _generate(pretrained, batch, settings)
+        folds = image_folds(dataset, batch.keys, num_folds) if num_folds else None
+        target, generated = _generate(pretrained, batch, settings, folds)
         for reading, samples in generated.items():
             if reading not in accumulators:
                 accumulators[reading] = MetricAccumulator(train_mean, directions, reading)
@@ -163,7 +169,9 @@ def _training_facts(pretrained: Pretrained) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _generate(pretrained: Pretrained, batch: Batch, settings: EvalConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def _generate(
+    pretrained: Pretrained, batch: Batch, settings: EvalConfig, folds: Sequence[int] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The true embeddings [B, N, D], and by reading K or 1 generated ones, [K, B, N, D], as they are stored."""
     model, flow, normalizer, device = pretrained.model, pretrained.flow, pretrained.normalizer, pretrained.device
     eva, clip = normalizer({name: batch[name].to(device).float() for name in ("eva", "clip")}).values()
@@ -173,8 +181,8 @@ def _generate(pretrained: Pretrained, batch: Batch, settings: EvalConfig) -> tup
         for draw in (evaluation_noise, baseline_noise)
     )
     generated = {
-        "posterior_mean": posterior_mean(model, flow, eva, noise[0])[None],
-        "sampled": torch.stack([sample(model, flow, eva, one, sampler) for one in noise]),
+        "posterior_mean": posterior_mean(model, flow, eva, noise[0], folds)[None],
+        "sampled": torch.stack([sample(model, flow, eva, one, sampler, folds) for one in noise]),
         **pretrained.baselines.readings(eva, others),
     }
     return normalizer.inverse("clip", clip), {name: normalizer.inverse("clip", y) for name, y in generated.items()}

@@ -7,7 +7,7 @@ is fp32 whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,13 +27,21 @@ Solver = Callable[[Slope, Advance, Tensor, float, float], Tensor]  # x at the se
 
 
 @torch.no_grad()
-def sample(model: Model, flow: Flow, eva: Tensor, noise: Tensor, sampler: SamplerConfig) -> Tensor:
+def sample(
+    model: Model,
+    flow: Flow,
+    eva: Tensor,
+    noise: Tensor,
+    sampler: SamplerConfig,
+    folds: Sequence[int] | None = None,
+) -> Tensor:
     """CLIP embeddings `[B, N, Dc]` fp32, in the model's space, from eva `[B, N, De]` and standard normal noise.
 
-    `noise` is `[B, N, Dc]`, on the model's device. Raises ConfigError if there is no solver of that name.
+    `noise` is `[B, N, Dc]`, on the model's device; `folds` as `LinearGaussian.mean` takes them. Raises ConfigError if
+    there is no solver of that name.
     """
     step = choose(SOLVERS, sampler.solver, "eval.sampler.solver")
-    prediction, guess = flow.prediction, flow.prediction.guess(eva, None)
+    prediction, guess = flow.prediction, flow.prediction.guess(eva, folds)
 
     def slope(x: Tensor, time: float) -> Tensor:
         point = Point(x, _scalar(time, x), guess)
@@ -53,13 +61,14 @@ def sample(model: Model, flow: Flow, eva: Tensor, noise: Tensor, sampler: Sample
 
 
 @torch.no_grad()
-def posterior_mean(model: Model, flow: Flow, eva: Tensor, noise: Tensor) -> Tensor:
+def posterior_mean(model: Model, flow: Flow, eva: Tensor, noise: Tensor, folds: Sequence[int] | None = None) -> Tensor:
     """The model's clean embedding from pure noise, `[B, N, Dc]` fp32: an estimate of E[clip | eva].
 
-    It has the least squared error of all outputs and less variety than the data, so it is not a sample of it.
+    It has the least squared error of all outputs and less variety than the data, so it is not a sample of it. `folds`
+    as `LinearGaussian.mean` takes them.
     """
     prediction = flow.prediction
-    point = Point(prediction.start(noise.float()), _scalar(0.0, noise), prediction.guess(eva, None))
+    point = Point(prediction.start(noise.float()), _scalar(0.0, noise), prediction.guess(eva, folds))
     return prediction.clean(prediction.output(model, point, eva, _all(noise, False)), point)
 
 

@@ -18,7 +18,8 @@ from blip3o_ds.files import atomic_write_json
 from blip3o_ds.progress import format_duration
 from blip3o_ds.runs.folder import FINAL_SUMMARY, TRAINING_SUMMARY
 from blip3o_ds.training.anomalies import skip_or_roll_back
-from blip3o_ds.training.evaluation import evaluate_splits, is_best, overfit_verdict, record_evaluation
+from blip3o_ds.training.evaluation import evaluate_splits, is_best, record_evaluation
+from blip3o_ds.training.overfit import overfit_verdict
 from blip3o_ds.training.preemption import requeue_or_explain
 from blip3o_ds.training.setup import Run, setup
 
@@ -130,7 +131,7 @@ def conclude(run: Run, first_step: int, began: float, stopped_by: signal.Signals
         record_evaluation(run, results)
         summary["evaluation"] = {split: result.to_dict() for split, result in results.items()}
         if run.config.train.overfit_test_size:
-            summary["overfit_test"] = overfit_verdict(results["overfit"])
+            summary["overfit_test"] = overfit_verdict(run, results["overfit"])
     if run.rank == 0:
         atomic_write_json(run.folder / TRAINING_SUMMARY, training)
         if stopped_by is None:
