@@ -107,7 +107,7 @@ class Gain(nn.Module):
     """
 
     KNOTS = 9  # over t from 0 to 1
-    RATE = 100.0  # times the learning rate: Adam moves a number by about the rate in a step, and this one is near 1
+    RATE = 20.0  # times the learning rate: Adam moves a number by about the rate in a step, and this one is near 1
 
     def __init__(self) -> None:
         super().__init__()
