@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_ds.baselines.fit import image_folds
 from blip3o_ds.config import EvalConfig, SamplerConfig
 from blip3o_ds.data.format.manifest import key_hashes
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
@@ -96,7 +95,7 @@ def evaluate(
     progress = Progress("evaluating", len(own))
     done = 0
     for batch in read_batches(dataset, own, settings.batch_size):
-        folds = image_folds(dataset, batch.keys, num_folds) if num_folds else None
+        folds = dataset.folds(batch.keys, num_folds).tolist() if num_folds else None
         target, generated = _generate(pretrained, batch, settings, folds)
         for reading, samples in generated.items():
             if reading not in accumulators:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from blip3o_ds.baselines.fit import image_folds
 from blip3o_ds.data.reading.loader import Batch, read_batches, spread_indices
 from blip3o_ds.evaluation.report import evaluation_noise
 from blip3o_ds.flow.solvers import posterior_mean
@@ -96,6 +95,6 @@ def _untrained(run: Run, batch: Batch) -> Tensor:
     device = run.engine.device
     eva, clip = run.normalizer({name: batch[name].to(device).float() for name in ("eva", "clip")}).values()
     noise = evaluation_noise(batch.keys, 0, (clip.shape[1], clip.shape[2]), run.config.eval.sampler.seed, device)
-    folds = image_folds(run.splits["overfit"], batch.keys, run.baselines.prior.num_folds)
+    folds = run.splits["overfit"].folds(batch.keys, run.baselines.prior.num_folds).tolist()
     output = posterior_mean(lambda x, *_: torch.zeros_like(x), run.flow, eva, noise, folds)
     return run.normalizer.inverse("clip", output).cpu()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_ds.baselines.fit import fit_baselines, image_folds
+from blip3o_ds.baselines.fit import fit_baselines
 from blip3o_ds.config import EvalConfig, FlowConfig, RunConfig, SamplerConfig, load_run_config
 from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
@@ -266,7 +266,7 @@ def run(tmp_path):
 def guessed_without_themselves(run):
     """All samples of the run, and the prior's guess of each as training has it."""
     (batch,) = read_batches(run.splits["overfit"], range(12), 12)
-    folds = image_folds(run.splits["overfit"], batch.keys, run.baselines.prior.num_folds)
+    folds = run.splits["overfit"].folds(batch.keys, run.baselines.prior.num_folds).tolist()
     return batch, run.baselines.prior.mean(batch["eva"], folds)
 
 
