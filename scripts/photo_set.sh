@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A larger dataset of real photographs for the small encoder pair: scripts/photo_set.sh DST.
-# Installs into ./.venv, downloads 650 MB of Debian packages, and encodes crops of the thousand photographs in them.
+# Installs into ./.venv, downloads 864 MB of Debian packages, and encodes crops of the thousand photographs in them.
 # Run again, it continues where it was interrupted.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
