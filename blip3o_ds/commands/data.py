@@ -28,6 +28,10 @@ def add_data_commands(commands: Any) -> None:
     _add_storage(p)
     p = add_command(commands, "demo", "encoders.demo:build_demo", "make the demo set from scikit-image's photographs")
     p.add_argument("dst", metavar="DST", type=Path)
+    p = add_command(
+        commands, "photographs", "encoders.photo_set:build_photo_set", "make a larger demo set from Debian's packages"
+    )
+    p.add_argument("dst", metavar="DST", type=Path)
     p = add_command(commands, "append", "data.tools.append:append", "add the shards of other datasets to one, in place")
     p.add_argument("dataset_dir", metavar="DIR", type=Path)
     p.add_argument("sources", metavar="SRC", type=Path, nargs="+")

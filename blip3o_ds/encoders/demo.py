@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -93,31 +94,55 @@ def build_demo(
     if not path.exists():
         dst.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path, arguments)
-    elif (found := read_json(path)) != arguments:
-        raise DataError(f"{dst} holds a demo set made with {found}, not {arguments}; name another folder or empty it")
+    require_same(dst, read_json(path), arguments)
     pixels = {name: image.size for name, image in photographs.items()}
     plan = plan_crops({name: pixels[name] for name in seen}, {name: pixels[name] for name in held_out}, sizes, seed)
+    result = encode_crops(plan, photographs.__getitem__, dst, device)
+    return {**result, "seconds": time.monotonic() - started}
+
+
+def require_same(dst: Path, found: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Raise DataError if `dst` was started with other arguments."""
+    if found != arguments:
+        raise DataError(f"{dst} holds a set made with {found}, not {arguments}; name another folder or empty it")
+
+
+def encode_crops(
+    plan: dict[str, list[Crop]],
+    load: Callable[[str], Image.Image],
+    dst: Path,
+    device: str | torch.device | None,
+) -> dict[str, Any]:
+    """Write each split of the plan as the dataset `dst/<split>`; `load` opens a photograph by name, in any thread.
+
+    Returns for each split what `encode_images` returns.
+    """
     condition, target = load_encoder(CONDITION, device=device), load_encoder(TARGET, device=device)
     result: dict[str, Any] = {}
     for split, crops in plan.items():
-        logger.info("demo set, %s: %d crops", split, len(crops))
+        logger.info("%s: %d crops", split, len(crops))
         records = [
-            ImageRecord(crop.key, crop.key, number / len(crops), partial(_load_crop, crop, photographs[crop.image]))
+            ImageRecord(crop.key, crop.key, number / len(crops), partial(_load_crop, crop, load))
             for number, crop in enumerate(crops, start=1)
         ]
         result[split] = encode_images(
             records, dst / split, condition, target, samples_per_shard=SAMPLES_PER_SHARD, view_separator=VIEW_SEPARATOR
         )
-    return {**result, "seconds": time.monotonic() - started}
+    return result
 
 
 def plan_crops(
-    seen: dict[str, tuple[int, int]], held_out: dict[str, tuple[int, int]], sizes: dict[str, int], seed: int
+    seen: dict[str, tuple[int, int]],
+    held_out: dict[str, tuple[int, int]],
+    sizes: dict[str, int],
+    seed: int,
+    min_pixels: int = 0,
 ) -> dict[str, list[Crop]]:
     """Choose the crops of every split from photographs given by name and (width, height).
 
     The photographs take turns. A crop is a pure function of (seed, photograph, number), numbers continue from `train`
-    to `heldout_crops`, and no box is drawn twice, so keys are unique and the splits disjoint.
+    to `heldout_crops`, and no box is drawn twice, so keys are unique and the splits disjoint. A crop is at least
+    `min_pixels` wide, unless its photograph is smaller.
     """
     drawn: dict[str, list[Crop]] = {name: [] for name in [*seen, *held_out]}
 
@@ -125,20 +150,21 @@ def plan_crops(
     for split, photographs in zip(SPLITS, (seen, seen, held_out), strict=True):
         plan[split] = []
         for name, size in islice(cycle(photographs.items()), sizes[split]):
-            crop = _draw_crop(name, size, drawn[name], seed)
+            crop = _draw_crop(name, size, drawn[name], seed, min_pixels)
             drawn[name].append(crop)
             plan[split].append(crop)
     return plan
 
 
-def _draw_crop(name: str, size: tuple[int, int], drawn: list[Crop], seed: int) -> Crop:
+def _draw_crop(name: str, size: tuple[int, int], drawn: list[Crop], seed: int, min_pixels: int) -> Crop:
     # Python guarantees the sequence of random() for a seed, across versions and platforms.
     generator = random.Random(f"{seed}/{name}/{len(drawn)}")
     boxes = {crop.box for crop in drawn}
     width, height = size
     while True:
-        scale = _MIN_SCALE + (1 - _MIN_SCALE) * generator.random()
-        side = round(scale * min(width, height))
+        short = min(width, height)
+        smallest = max(_MIN_SCALE, min(1, min_pixels / short))
+        side = round((smallest + (1 - smallest) * generator.random()) * short)
         left = int(generator.random() * (width - side + 1))
         top = int(generator.random() * (height - side + 1))
         crop = Crop(name, len(drawn), left, top, side, flip=generator.random() < 0.5)
@@ -147,7 +173,12 @@ def _draw_crop(name: str, size: tuple[int, int], drawn: list[Crop], seed: int) -
 
 
 def open_photographs(sources: dict[str, str]) -> dict[str, Image.Image]:
-    photographs = {}
+    return {path.stem: decode_image(path.read_bytes()) for path, _ in find_photographs(sources)}
+
+
+def find_photographs(sources: dict[str, str]) -> list[tuple[Path, str]]:
+    """The installed files of SEEN or HELD_OUT, each with its distribution; raises DataError for a missing one."""
+    found = []
     for source, files in sources.items():
         package, _, folder = source.partition("/")
         distribution = _DISTRIBUTIONS[package]
@@ -161,12 +192,13 @@ def open_photographs(sources: dict[str, str]) -> dict[str, Image.Image]:
                     f"{path}: this photograph is not in the installed {distribution}; "
                     "install the versions of constraints.txt"
                 )
-            photographs[path.stem] = decode_image(path.read_bytes())
-    return photographs
+            found.append((path, distribution))
+    return found
 
 
-def _load_crop(crop: Crop, photograph: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
-    square = photograph.resize((CROP_PIXELS, CROP_PIXELS), Image.Resampling.BICUBIC, box=crop.box)
+def _load_crop(crop: Crop, load: Callable[[str], Image.Image]) -> tuple[Image.Image, dict[str, Any]]:
+    size = (CROP_PIXELS, CROP_PIXELS)
+    square = load(crop.image).resize(size, Image.Resampling.BICUBIC, box=crop.box)
     if crop.flip:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return square, {"caption": crop.image.replace("_", " "), **asdict(crop)}

@@ -83,7 +83,7 @@ def image_parts(images: str | Path, files_per_part: int) -> list[ImagePart]:
 
 
 def _folder_parts(folder: Path, names: list[str], files_per_part: int) -> list[ImagePart]:
-    keys = _KeyMaker()
+    keys = KeyMaker()
     # Before the files are divided, since a key must not depend on the size of the parts.
     keyed = [(keys.make(os.path.splitext(name)[0]), name) for name in names]
     parts = [keyed[start : start + files_per_part] for start in range(0, len(keyed), files_per_part)]
@@ -108,7 +108,7 @@ def _tar_part(tar: Path, name: str, container: str) -> ImagePart:
     size = tar.stat().st_size
 
     def records() -> Iterator[ImageRecord]:
-        keys = _KeyMaker()
+        keys = KeyMaker()
         for sample, members in _samples_of(tar):
             suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
             if suffix is None:
@@ -126,7 +126,7 @@ def _tar_part(tar: Path, name: str, container: str) -> ImagePart:
 
 def _container_keys(names: list[str]) -> list[str]:
     """The prefix of each tar's keys, chosen so that no two tars can make the same key."""
-    keys = _KeyMaker()
+    keys = KeyMaker()
     made = [keys.make(name.removesuffix(".tar")) for name in names]
     ordered = sorted(f"{key}_" for key in made)
     if any(second.startswith(first) for first, second in pairwise(ordered)):  # a_ + b_c = a_b_ + c
@@ -192,7 +192,7 @@ def _parse_meta(text: bytes | None, data: bytes | None, source: str) -> dict[str
     return meta
 
 
-class _KeyMaker:
+class KeyMaker:
     """Makes keys without dots or slashes, unique by a number where needed."""
 
     def __init__(self) -> None:
