@@ -117,10 +117,11 @@ class GaussianPrediction(Prediction):
 
     In every mode of the prior, with standard deviation s, let `y = (clip - mean) / s` and `tan(a) = alpha s / sigma`.
     The path is then a rotation from noise to y, `w = cos(a) noise + sin(a) y`, where w is x_t without the mean and the
-    standard deviation that it has under the prior. Coordinates are w in modes. The network sees w as tokens and outputs
-    the derivative in the angle, `cos(a) y - sin(a) noise`: all of unit variance, in every mode (a preconditioning as
-    those of Karras et al. 2022 and Lu & Song 2024, mode by mode). An output of zero is the prior itself, its posterior
-    mean at every t and exact samples of it in any number of steps, so training begins there.
+    standard deviation that it has under the prior. Coordinates are w in modes. The network sees `sin(a) w`, the prior's
+    posterior mean of y, as tokens, and outputs the derivative of w in the angle, `cos(a) y - sin(a) noise`, of unit
+    variance in every mode (a preconditioning as those of Karras et al. 2022 and Lu & Song 2024, mode by mode). At t = 0
+    it sees EVA alone. An output of zero is the prior itself, its posterior mean at every t and exact samples of it in
+    any number of steps, so training begins there.
     """
 
     def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor:
@@ -136,7 +137,9 @@ class GaussianPrediction(Prediction):
         return Point(cos * noise + sin * y, t, guess), self._tokens(cos * y - sin * noise)
 
     def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor, held: Tensor | None = None) -> Tensor:
-        return self._call(model, self._tokens(point.x), point, self.prior.standard_eva(eva), drop, held)
+        _, sin = self._rotation(point.t)
+        seen = self._tokens(sin * point.x)  # what the prior expects of y given x_t: nothing at t = 0, y at t = 1
+        return self._call(model, seen, point, self.prior.standard_eva(eva), drop, held)
 
     def clean(self, output: Tensor, point: Point) -> Tensor:
         cos, sin = self._rotation(point.t)

@@ -6,6 +6,7 @@ Statistics are computed once, by rank 0, and kept in the run folder; a resumed r
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,10 @@ def prepare_statistics(
     if rank == 0 and not (run_dir / BASELINES).exists():
         normalizer = Normalizer.from_stats(config.data.normalization, dataset.manifest.stats)
         normalizer.save(run_dir / NORMALIZER)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(min(len(os.sched_getaffinity(0)), threads * dist.get_world_size()))  # the others wait
         fit_baselines(dataset, normalizer, device=device).save(run_dir / BASELINES)
+        torch.set_num_threads(threads)
     dist.barrier()
     return Normalizer.load(run_dir / NORMALIZER), Baselines.load(run_dir / BASELINES)
 
