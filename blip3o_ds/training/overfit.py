@@ -1,6 +1,6 @@
 """The overfit test: whether a network has memorised the few samples it was given, and if not, what to look at first.
 
-The causes are excluded in this order: bug, data, learning rate, time. What then remains is capacity. A cause is what
+The causes are excluded in this order: bug, data, learning rate, time; capacity remains. A cause is what
 the evidence points at, not a proof; the numbers are in the verdict, so that anyone can judge them.
 """
 
@@ -34,6 +34,7 @@ GROWTH = 3.0  # of the gradient's norm, from the first third to the last
 LITTLE_TRAVEL = 0.01  # new weights have standard deviations of 0.01 to 0.04
 LOW_RATE = 1e-4  # below what AdamW usually needs for networks of this size
 MARGIN = 1.2  # on top of extrapolated steps
+NOISE_LEFT = 1.1  # norm of samples, over the true one: above it they are not clean
 LEAST_ERROR = 1e-4  # of a similarity; less is rounding
 FAR = 10.0  # times the steps so far; what needs longer is flat
 
@@ -52,6 +53,7 @@ class Measured:
 
     posterior_mean: float  # `clip_similarity`
     sampled: float
+    sampled_norm_ratio: float  # norm of the samples over that of the true embeddings
     not_finite: int  # lines whose loss or gradient is not
     curve: Curve | None  # None: no line is finite
     data: DataFacts
@@ -92,6 +94,7 @@ class Measured:
         }
         curve = {} if self.curve is None else asdict(self.curve)
         found = {"lines_not_finite": self.not_finite, **curve, **self.data.numbers(), **sizes}
+        found["sampled_norm_ratio"] = self.sampled_norm_ratio
         found["steps_to_threshold"] = None if self.passed else self.steps_to_threshold
         return {name: value for name, value in found.items() if value is not None}
 
@@ -142,6 +145,7 @@ def diagnose(
     measured = Measured(
         posterior_mean=result.readings["posterior_mean"]["clip_similarity"],
         sampled=result.readings["sampled"]["clip_similarity"],
+        sampled_norm_ratio=result.readings["sampled"]["norm_ratio"],
         not_finite=len(history) - len(finite),
         curve=Curve.of(finite) if finite else None,
         data=data,
@@ -227,6 +231,22 @@ def _learning_rate(found: Measured) -> Finding | None:
     return None
 
 
+def _noise(found: Measured) -> Finding | None:
+    """Samples that are noisy although the mean is known; more time would hardly help a network that is too narrow.
+
+    To follow the flow, a network has to output the noise that is in its input, all of its channels.
+    """
+    model = found.config.model
+    noisy = found.posterior_mean > THRESHOLD and found.sampled_norm_ratio > NOISE_LEFT
+    if not noisy or model.hidden_size >= model.clip_dim:
+        return None
+    text = (
+        f"the posterior mean is memorised, but samples keep noise (norm {found.sampled_norm_ratio:.2f} times the true "
+        f"one): a network of hidden_size {model.hidden_size} cannot carry noise {model.clip_dim} wide"
+    )
+    return Finding("capacity", text, _wider(found.config))
+
+
 def _time(found: Measured) -> Finding | None:
     curve, more = _curve(found), found.steps_to_threshold
     if curve.loss_trend is None:
@@ -252,9 +272,14 @@ def _capacity(found: Measured) -> Finding:
         f"{model.clip_dim} wide, {count_parameters(model) / 1e6:.1f} M parameters"
     )
     if model.hidden_size < model.clip_dim:
-        unit = 2 * model.num_heads  # of whose multiples rotary positions can rotate pairs in every head
-        return Finding("capacity", text, f"--set model.hidden_size={math.ceil(model.clip_dim / unit) * unit}")
+        return Finding("capacity", text, _wider(found.config))
     return Finding("capacity", text, f"more layers: --set model.num_layers={2 * model.num_layers}")
+
+
+def _wider(config: RunConfig) -> str:
+    """How to make the network as wide as the embeddings."""
+    unit = 2 * config.model.num_heads  # of whose multiples rotary positions can rotate pairs in every head
+    return f"--set model.hidden_size={math.ceil(config.model.clip_dim / unit) * unit}"
 
 
 def _percent(curve: Curve) -> str:
@@ -281,4 +306,4 @@ def _rounded(steps: float) -> int:
     return math.ceil(steps / unit) * unit
 
 
-CHECKS: tuple[Callable[[Measured], Finding | None], ...] = (_bug, _data, _learning_rate, _time, _capacity)
+CHECKS: Sequence[Callable[[Measured], Finding | None]] = (_bug, _data, _learning_rate, _noise, _time, _capacity)

@@ -40,11 +40,11 @@ def lines(loss, lr=COSINE, grad_norm=1.0) -> list[dict]:
 
 
 def verdict(
-    history, mean=0.6, sampled=None, data=FINE, settings=("train.max_steps=300", "model.clip_dim=320"), preset="demo"
+    history, mean=0.6, sampled=None, norm=1.0, data=FINE, settings=("train.max_steps=300", "model.clip_dim=320")
 ) -> OverfitVerdict:
-    scores = {"posterior_mean": mean, "sampled": mean if sampled is None else sampled}
-    result = SimpleNamespace(readings={reading: {"clip_similarity": score} for reading, score in scores.items()})
-    found = diagnose(history, result, data, load_run_config(preset, None, settings))
+    samples = {"clip_similarity": mean if sampled is None else sampled, "norm_ratio": norm}
+    result = SimpleNamespace(readings={"posterior_mean": {"clip_similarity": mean}, "sampled": samples})
+    found = diagnose(history, result, data, load_run_config("demo", None, settings))
     json.dumps(found.evidence, allow_nan=False)  # the summary has no other numbers
     assert found.passed or (found.finding and found.advice)
     return found
@@ -200,6 +200,17 @@ def test_samples_that_miss_what_the_mean_reaches_are_judged_by_their_own_distanc
     found = verdict(lines(np.exp(-STEP / 100), lr=5e-4), mean=0.95, sampled=0.7)
 
     assert found.evidence["steps_to_threshold"] == pytest.approx(100 * math.log((1 - 0.7**2) / (1 - 0.9**2)))
+
+
+def test_noisy_samples_of_a_narrow_network_that_knows_the_mean_mean_capacity():
+    found = verdict(FALLING, mean=0.94, sampled=0.75, norm=1.33)
+
+    assert (found.cause, found.advice) == ("capacity", "--set model.hidden_size=320")
+    assert "1.33 times" in found.finding
+    wide = verdict(FALLING, mean=0.94, sampled=0.75, norm=1.33, settings=("model.clip_dim=200",))
+    clean = verdict(FALLING, mean=0.94, sampled=0.75, norm=1.05)
+    early = verdict(FALLING, mean=0.85, sampled=0.75, norm=1.33)
+    assert [other.cause for other in (wide, clean, early)] == ["time"] * 3
 
 
 def test_the_verdict_is_logged_in_three_lines(caplog, monkeypatch):
