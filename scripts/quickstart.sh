@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained and evaluated model: scripts/quickstart.sh [FOLDER, default ./demo_run].
 # Installs into ./.venv, makes the demo set, trains on two processes (or on the GPUs found), evaluates, prints a table.
-# About 6 minutes on 2 CPU cores. Run again, it keeps environment and data, and trains another run.
+# Under 10 minutes on 2 CPU cores. Run again, it keeps environment and data, and trains another run.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 folder=$(realpath -m "${1:-$project/demo_run}")
@@ -29,7 +29,7 @@ mkdir -p "$folder"
 deepspeed --num_gpus "$processes" scripts/train_clip_reproduction.py \
     --chunked_embeddings_dir "$folder/data/train" --output_dir "$folder/runs" --model_size demo \
     --deepspeed_config ds_configs/zero2.json \
-    --set "data.eval_dirs=[$folder/data/heldout_crops, $folder/data/heldout_images]" \
+    --set "data.eval_dirs=[$folder/data/heldout_images, $folder/data/heldout_crops]" \
     2>&1 | tee "$folder/launcher.log" | grep --line-buffered -v '^\[20'  # the launcher's own messages are only in the log
 
 run=$(ls -d "$folder"/runs/clip_repro_* | tail -n 1)
