@@ -82,7 +82,7 @@ def test_eval_repeats_the_evaluation_at_the_end_of_the_run(command, run_dir, tra
 
 
 def test_eval_takes_its_sampler_from_the_flags(command, run_dir, trained):
-    flags = {"steps": 5, "solver": "heun", "guidance_scale": 2.0, "seed": 7}
+    flags = {"steps": 5, "solver": "midpoint", "guidance_scale": 2.0, "seed": 7}
     arguments = [text for name, value in flags.items() for text in (f"--{name}", value)]
 
     arguments += ["--max_samples", 4, "--batch_size", 3, "--num_samples", 2]
@@ -95,7 +95,7 @@ def test_eval_takes_its_sampler_from_the_flags(command, run_dir, trained):
         2,
         3,
     )
-    of_the_run = {"steps": 2, "solver": "euler", "guidance_scale": 1.0, "seed": 0}
+    of_the_run = {"steps": 2, "solver": "heun", "guidance_scale": 1.0, "seed": 0}
     assert default["evaluation"]["held"]["sampler"] == of_the_run
 
 

@@ -76,7 +76,7 @@ def test_change_the_flow(monkeypatch):
     monkeypatch.setitem(PATHS, "quarter_circle", CosinePath)
     monkeypatch.setitem(PREDICTIONS, "missing", Missing)
     chosen = ["flow.path=quarter_circle", "flow.prediction=missing", "flow.timestep_law=uniform"]
-    config = load_run_config("demo", overrides=chosen)
+    config = load_run_config("demo", overrides=[*chosen, "eval.sampler.solver=euler", "eval.sampler.steps=25"])
     check_flow(config)
     flow = Flow.from_config(config.flow, random_prior(4, 5, 3))
     eva, clip = torch.ones(2, 4, 5), torch.full((2, 4, 3), 5.0)

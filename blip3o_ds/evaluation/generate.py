@@ -46,8 +46,9 @@ def generate(
 
     Shard i of `dst` holds what was generated for shard i of the source, in its order. With several samples an image,
     they follow each other as views of it (see `DatasetSpec.image_of`) under the keys `<key>_0000`, `<key>_0001`, …,
-    with the view separator of `dataset` if it has one; a single one has the image's key. The noise depends only on the
-    sampler's seed, the image's key and the number of the sample, and is that of `evaluate`.
+    with the view separator of `dataset` if it has one; the number of a key that is a view goes on, `photo_0012` as
+    `photo_00120000`. A single one has the image's key. The noise depends only on the sampler's seed, the image's key
+    and the number of the sample, and is that of `evaluate`.
     Embeddings are raw ones, except with normalisation `full`, which cannot be inverted. Every sample's metadata gain
     `generated`: solver, steps, guidance scale, seed, normalisation, `source`, the name of the model, and `sample`, the
     number of the sample.
@@ -154,10 +155,13 @@ class _Generation:
             self._progress.at(self.written)
 
     def _sample_key(self, key: str, k: int) -> str:
-        """Distinct for distinct (key, k). A view's number goes on in it, so that the image stays the photograph."""
+        """Distinct for distinct (key, k). A view's number goes on in it, so that the image stays the photograph.
+
+        What is a view, the source says: without a view separator every key is an image, whatever it ends with.
+        """
         if self._num_samples == 1:
             return key
-        is_view = self._spec.image_of(key) != key
+        is_view = self._dataset.spec.image_of(key) != key
         return f"{key}{'' if is_view else self._spec.view_separator}{k:04d}"
 
 

@@ -114,11 +114,15 @@ class Gain(nn.Module):
         self.value = nn.Parameter(torch.ones(self.KNOTS))
 
     def forward(self, out: Tensor, timesteps: Tensor, held: Tensor | None) -> Tensor:
-        """out: [B, N, Dc], timesteps: [B]; held: [B] bool in training, None otherwise."""
+        """out: [B, N, Dc], timesteps: [B]; held: [B] bool in training, None otherwise. The result has the dtype of out.
+
+        The factor is fp32: under autocast, or in a model of low precision, out and the parameter differ in dtype.
+        """
         place = timesteps.float() * (self.KNOTS - 1)
         left = place.long().clamp(0, self.KNOTS - 2)
-        value = self.value + (self.value.clamp(0, 1) - self.value).detach()  # whose gradient does not end at the bounds
-        factor = torch.lerp(value[left], value[left + 1], (place - left).to(out.dtype))[:, None, None]
+        value = self.value.float()
+        value = value + (value.clamp(0, 1) - value).detach()  # whose gradient does not end at the bounds
+        factor = torch.lerp(value[left], value[left + 1], place - left).to(out.dtype)[:, None, None]
         if held is None:
             return factor * out
         return torch.where(held[:, None, None], factor * out.detach(), out)

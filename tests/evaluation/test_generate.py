@@ -124,6 +124,21 @@ def test_several_samples_of_an_image_are_its_views(source, pretrained, tmp_path,
     assert verify(tmp_path / "out").problems == []
 
 
+def test_the_number_of_a_view_goes_on_so_that_its_samples_are_views_of_the_same_image(
+    make_dataset, pretrained, tmp_path
+):
+    eva, clip, _ = linear_pairs(3, noise=0.5)
+    plain = make_dataset(eva, clip, "photos", ["photo_0012", "photo_0013", "other"])
+    convert(plain.location, tmp_path / "views", dtype="fp32", view_separator="_")
+    data = EmbeddingDataset(tmp_path / "views")
+
+    generate(pretrained(), data, tmp_path / "out", SETTINGS, "a model", num_samples=2)
+
+    spec, keys = EmbeddingDataset(tmp_path / "out").spec, read_all(tmp_path / "out")[0]
+    assert keys == ["photo_00120000", "photo_00120001", "photo_00130000", "photo_00130001", "other_0000", "other_0001"]
+    assert [spec.image_of(key) for key in keys] == ["photo"] * 4 + ["other"] * 2
+
+
 @pytest.mark.parametrize("mode", ["minimal", "standardize"])
 def test_what_is_generated_is_what_was_evaluated(source, pretrained, tmp_path, config, mode):
     normalizer = Normalizer.from_stats(mode, source.manifest.stats)

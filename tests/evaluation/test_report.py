@@ -134,7 +134,7 @@ def test_the_two_readings_are_one_step_from_noise_and_the_solvers(setting, confi
 
 
 def test_each_sample_of_an_image_has_its_own_noise_and_the_scores_are_of_all(setting, config):
-    model, flow = random_model(config), Flow.from_config(FlowConfig())
+    model, flow = random_model(config), setting.flow
 
     result = setting(model, num_samples=4)
 
@@ -266,12 +266,13 @@ def test_standardised_embeddings_are_compared_raw(setting):
 
 def test_coverage_is_along_the_directions_of_the_networks_space(setting, config):
     normalizer = Normalizer.from_stats("standardize", setting.train.manifest.stats)
-    model, flow = random_model(config), Flow.from_config(FlowConfig())
+    baselines = fit_baselines(setting.train, normalizer)
+    model, flow = random_model(config), Flow.from_config(FlowConfig(prediction="sample"), baselines.prior)
 
     result = setting(model, normalizer)
 
     eva, clip = normalizer({"eva": setting.eva[30:], "clip": setting.clip[30:]}).values()
-    directions = fit_baselines(setting.train, normalizer).directions.numpy()
+    directions = baselines.directions.numpy()
     noise = [evaluation_noise(KEYS, k, (TOKENS, CLIP), SAMPLER.seed, "cpu") for k in range(3)]
     values = np.stack([sample(model, flow, eva, one, SAMPLER).double().numpy() @ directions for one in noise])
     rank = (values < clip.double().numpy() @ directions).sum(0)
@@ -315,11 +316,19 @@ def test_the_table_shows_every_reading_and_figure(setting, config):
 
     assert "heldout (3 images of 11, 3 samples each, raw embeddings)" in text
     assert max(map(len, text.splitlines())) <= 150
-    head, *rows = text.splitlines()[1:6]
+    head, *rows = text.split("\n\n")[0].splitlines()[1:]
     shown_metrics = {name: metric.column for name, metric in METRICS.items() if metric.column}
     assert head.split() == list(shown_metrics.values())
     assert head.split()[:4] == ["energy", "spread", "error", "frechet"]
-    labels = ("DiT posterior mean", "DiT sampled (3 steps euler)", "ridge from EVA", "mean embedding")
+    labels = (
+        "DiT posterior mean",
+        "DiT sampled (3 steps euler)",
+        "linear-Gaussian sampled",
+        "ridge + Gaussian noise",
+        "ridge of 3x3 tokens",
+        "ridge from EVA",
+        "mean embedding",
+    )
     for row, label, metrics in zip(rows, labels, result.readings.values(), strict=True):
         assert row.startswith(label)
         shown = row[len("DiT sampled (3 steps euler)") :].split()

@@ -140,7 +140,7 @@ def test_a_preconditioned_prediction_is_one_class_too(monkeypatch):
         def guess(self, eva, folds):
             return 2 * eva
 
-        def output(self, model, point, eva, drop):
+        def output(self, model, point, eva, drop, held=None):
             sigma = self.path.sigma(per_sample(point.t))
             return point.guess + sigma * model(point.x / 2, point.t.expand(len(eva)), eva, drop)
 

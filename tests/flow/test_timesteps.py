@@ -107,10 +107,21 @@ def test_a_schedule_rises_from_0_to_1(law, shift, steps):
     assert (np.diff(times) > 0).all()
 
 
-def test_each_step_of_the_priors_schedule_resolves_an_equal_share():
+def test_what_the_priors_schedule_has_resolved_rises_as_the_square_of_a_sine():
     flow = Flow.from_config(FlowConfig(timestep_law="prior"), PRIOR)
     resolved = share_resolved(PRIOR, LinearPath(), np.array(flow.timesteps.schedule(25)))
-    np.testing.assert_allclose(resolved, np.linspace(0, 1, 26), atol=5e-3)
+    np.testing.assert_allclose(resolved, np.sin(np.linspace(0, math.pi / 2, 26)) ** 2, atol=5e-3)
+    assert resolved[1] < 0.01 < 0.99 < resolved[-2]  # steps are short at both ends
+
+
+@SCALES
+def test_where_all_modes_have_one_variance_every_step_of_the_priors_schedule_turns_by_the_same_angle(scale):
+    prior = replace(PRIOR, variance=torch.full_like(PRIOR.variance, scale**2))
+
+    times = np.array(Flow.from_config(FlowConfig(timestep_law="prior"), prior).timesteps.schedule(9))
+
+    angles = np.arctan2(times * scale, 1 - times)  # from noise to data
+    np.testing.assert_allclose(np.diff(angles), math.pi / 2 / 9, rtol=2e-2)
 
 
 @pytest.mark.parametrize("law", ["prior", "uniform"])
