@@ -50,7 +50,7 @@ def batch(size=2):
 
 def train(mode, steps=2, dtype=torch.float32, model=None):
     model = build(dtype) if model is None else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     prior = random_prior(CONFIG.num_tokens, CONFIG.eva_dim, CONFIG.clip_dim).to(DEVICE)
     objective, losses = Flow.from_config(FlowConfig(), prior), []
     with use_kernels(mode):
