@@ -157,7 +157,7 @@ def test_the_target_stands_for_the_data_and_both_have_unit_variance_under_the_pr
         torch.testing.assert_close(variance, torch.ones(N, CLIP), atol=0.05, rtol=0)
 
 
-def test_the_network_sees_coordinates_by_token_standard_eva_and_the_folds_guess():
+def test_the_network_sees_what_the_prior_expects_by_token_standard_eva_and_the_folds_guess():
     flow = build()
     clip, noise, eva = (normal(4, N, dim, seed=seed) for seed, dim in enumerate((CLIP, CLIP, EVA)))
     t, drop, folds, seen = (
@@ -173,6 +173,7 @@ def test_the_network_sees_coordinates_by_token_standard_eva_and_the_folds_guess(
     variance = (s**2 * PRIOR.variance + (1 - s) ** 2).double()  # of x_t in modes
     x_t = ((1 - s) * noise + s * (clip - PRIOR.mean(eva, folds))).double()
     modes = PRIOR.tokens.double() @ (x_t @ channels.double()) / variance.sqrt()
+    modes = modes * (s * PRIOR.std).double() / variance.sqrt()  # the prior's posterior mean of the unit residual
     torch.testing.assert_close(seen[0].double(), PRIOR.tokens.double().T @ modes, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seen[2], (eva - PRIOR.eva_mean) / PRIOR.eva_std)
     assert torch.equal(seen[1], t)
@@ -196,11 +197,13 @@ class Perfect:
         alpha, sigma = shares(self.path, time)
         modes, std = dense_modes(EXACT), EXACT.variance.sqrt().numpy().ravel()
         seen = np.sqrt(alpha**2 * std**2 + sigma**2)
+        sin = alpha * std / seen
         w = flat(x) @ np.kron(hadamard().T, np.eye(CLIP))
+        w = w / sin if alpha else 0 * w  # at t = 0 the input is nothing, and the posterior mean depends on nothing
         x_t = alpha * self.guess + (w * seen) @ modes.T
         clean = posterior(self.path, self.mean, self.covariance, x_t, time)
         y = (clean - self.guess) @ modes / std
-        out = (y - alpha * std / seen * w) / (sigma / seen)  # clean is at sin w + cos out
+        out = (y - sin * w) / (sigma / seen)  # clean is at sin w + cos out
         return torch.from_numpy(out @ np.kron(hadamard(), np.eye(CLIP))).reshape(x.shape).float()
 
 
