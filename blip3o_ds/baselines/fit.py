@@ -171,7 +171,7 @@ def _collect(reading: _Reading, features: Callable[[Tensor], Tensor], clip_mean:
 
 
 def _leading(covariance: Tensor, count: int) -> Tensor:
-    """The leading eigenvectors `[D, count]`, or all, by subspace iteration: a whole decomposition takes minutes at 4096.
+    """The leading eigenvectors `[D, count]`, or all, by subspace iteration: decomposing all of 4096 takes minutes.
 
     They only have to span what varies most, so a few iterations do.
     """
