@@ -86,6 +86,12 @@ class ImageRoles:
     calibration_share: float
     device: torch.device
 
+    @classmethod
+    def of_run(cls, config: RunConfig, dataset: EmbeddingDataset, num_folds: int, device: torch.device) -> ImageRoles:
+        """Those of the settings; an overfit test holds none out, because all of so few are to be learnt."""
+        share = 0.0 if config.train.overfit_test_size else config.flow.calibration_share
+        return cls(dataset, num_folds, share, device)
+
     def __call__(self, keys: Sequence[str]) -> tuple[list[int], Tensor]:
         """The folds and, bool on the device, whether held out, of `keys` (B)."""
         held = self.dataset.folds(keys, HELD_PARTS) < HELD_PARTS * self.calibration_share

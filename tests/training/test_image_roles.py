@@ -1,0 +1,78 @@
+"""What the image of a training sample is used for: its fold, and whether it is held out to teach the gain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip3o_ds.data.format.schema import DatasetSpec
+from blip3o_ds.data.format.writer import DatasetWriter
+from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.training.datasets import ImageRoles
+from tests.training.conftest import small_config
+
+CPU = torch.device("cpu")
+IMAGES = [f"photo{number:04d}" for number in range(4000)]
+
+
+def roles_of(folder: Path, share: float = 0.2, separator: str | None = None, **settings: object) -> ImageRoles:
+    """Those of a run; they follow from keys alone, so the dataset has a single sample."""
+    spec = replace(DatasetSpec.pair(1, "patch_only", 2, 2, "fp32", "eva", "clip"), view_separator=separator)
+    with DatasetWriter(folder, spec) as writer:
+        writer.write("a", {"eva": torch.zeros(1, 2), "clip": torch.zeros(1, 2)}, {})
+    config = small_config(2, **{"flow.calibration_share": share}, **settings)
+    return ImageRoles.of_run(config, EmbeddingDataset(folder), 5, CPU)
+
+
+def digest(image: str) -> int:
+    return int.from_bytes(blake2b(image.encode(), digest_size=8, person=b"fold").digest(), "little")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2])
+def test_the_share_of_images_is_held_out_by_their_names(tmp_path, share):
+    folds, held = roles_of(tmp_path, share)(IMAGES)
+
+    assert held.dtype == torch.bool
+    assert held.tolist() == [digest(image) % 10_000 < 10_000 * share for image in IMAGES]
+    assert held.float().mean().item() == pytest.approx(share, abs=0.02)
+    assert held.any() == (share > 0)
+    assert folds == [digest(image) % 5 for image in IMAGES]
+
+
+def test_images_held_out_are_of_every_fold(tmp_path):
+    folds, held = roles_of(tmp_path)(IMAGES)
+
+    shares = torch.bincount(torch.tensor(folds)[held], minlength=5) / torch.bincount(torch.tensor(folds), minlength=5)
+    torch.testing.assert_close(shares, torch.full((5,), 0.2), atol=0.06, rtol=0)
+
+
+def test_the_views_of_an_image_have_one_role(tmp_path):
+    images, views = IMAGES[:200], range(3)
+    keys = [f"{image}_{view:04d}" for image in images for view in views]
+
+    folds, held = roles_of(tmp_path / "together", separator="_")(keys)
+    apart = roles_of(tmp_path / "apart")(keys)[1]
+
+    assert all(len(set(folds[start : start + 3])) == 1 for start in range(0, len(keys), 3))
+    assert held.tolist() == [digest(image) % 10_000 < 2000 for image in images for _ in views]
+    assert (apart.unflatten(0, (-1, 3)).float().mean(1) % 1 > 0).any()  # without a separator each is its own image
+
+
+def test_a_samples_role_does_not_depend_on_the_batch(tmp_path):
+    roles = roles_of(tmp_path)
+    folds, held = roles(IMAGES[:50])
+
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0)).tolist()
+    other_folds, other_held = roles([IMAGES[i] for i in order])
+
+    assert other_folds == [folds[i] for i in order]
+    assert torch.equal(other_held, held[order])
+
+
+def test_an_overfit_test_holds_none_out(tmp_path):
+    roles = roles_of(tmp_path, **{"train.overfit_test_size": 20})
+    assert not roles(IMAGES)[1].any()
