@@ -7,6 +7,7 @@ import pytest
 
 from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import ConfigError
+from blip3o_ds.planning.memory import MAX_BUCKET_ELEMENTS
 from blip3o_ds.training.engine import resolve_deepspeed_config
 from blip3o_ds.training.optim import SCHEDULES, check_names, learning_rate_factor
 from tests.conftest import PROJECT
@@ -39,6 +40,17 @@ def test_hpz_keeps_a_copy_of_the_weights_on_each_node():
     settings = resolve_deepspeed_config(train, world_size=16, num_parameters=1000, ranks_per_node=4)
 
     assert settings["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "bucket"),
+    [(1000, 1000), (1001, 1002), (MAX_BUCKET_ELEMENTS - 1, MAX_BUCKET_ELEMENTS), (10**9 + 1, MAX_BUCKET_ELEMENTS)],
+)
+def test_a_bucket_holds_the_whole_model_up_to_a_limit_and_has_an_even_size(parameters, bucket):
+    zero = resolve_deepspeed_config(TrainConfig(), 1, parameters)["zero_optimization"]
+
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
+    assert bucket % 2 == 0
 
 
 def test_a_file_that_contradicts_the_run_is_refused(tmp_path):
