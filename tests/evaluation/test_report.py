@@ -291,6 +291,16 @@ def test_unit_norm_embeddings_are_compared_as_such(setting):
     assert result.readings["sampled"]["mse"] == pytest.approx((clip[30:] ** 2).mean(), rel=1e-5)
 
 
+def test_a_regression_is_a_point_its_samples_are_its_posterior_mean_and_have_no_spread(setting, config):
+    result = setting(random_model(config), prediction="regression")
+
+    sampled = result.readings["sampled"]
+    assert sampled["spread_skill"] == 0
+    for name, value in result.readings["posterior_mean"].items():
+        assert sampled[name] == pytest.approx(value, rel=1e-6), name
+    assert sampled["mse"] != pytest.approx(result.readings["context_ridge"]["mse"], rel=1e-3)  # the network counts
+
+
 def test_guidance_reaches_the_sampler(setting, config):
     plain, guided = (
         setting(random_model(config), sampler=SamplerConfig(steps=3, guidance_scale=scale)) for scale in (1.0, 3.0)

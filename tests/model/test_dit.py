@@ -167,6 +167,29 @@ def test_cross_attention_sees_where_a_condition_token_is_only_with_rope(rotary):
     assert unchanged != rotary
 
 
+@pytest.mark.parametrize("layout", ["patch_only", "cls_patch"])
+def test_without_attention_what_becomes_of_a_token_depends_on_no_other(layout):
+    model = open_gates(build(attention="none", token_layout=layout))
+    noisy, t, eva = batch(model)
+    out = model(noisy, t, eva)
+
+    for side in range(2):  # of the noisy embedding, and of the condition
+        inputs = [noisy.clone(), eva.clone()]
+        inputs[side][:, 4] += 1
+        moved = (model(inputs[0], t, inputs[1]) - out).abs().amax(dim=(0, 2))
+        assert moved.nonzero().flatten().tolist() == [4]
+    order = torch.randperm(noisy.shape[1], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(noisy[:, order], t, eva[:, order]), out[:, order])
+    full = open_gates(build(token_layout=layout))
+    assert ((full(inputs[0], t, inputs[1]) - full(noisy, t, eva)).abs().amax(dim=(0, 2)) > 0).all()
+
+
+def test_without_attention_every_parameter_gets_a_gradient_that_checkpointing_does_not_change():
+    model = open_gates(build(attention="none"))
+    assert [name for name, gradient in gradients(model, False).items() if not gradient.any()] == []
+    assert all(torch.equal(a, b) for a, b in zip(*(gradients(model, c).values() for c in (False, True)), strict=True))
+
+
 def test_timesteps_are_told_apart_and_kept_in_fp32():
     model = open_gates(build()).bfloat16()
     noisy, _, eva = batch(model, size=1)

@@ -26,15 +26,18 @@ def count(config: ModelConfig, backward: bool) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("attention", ["full", "none"])
 @pytest.mark.parametrize("token_layout", ["patch_only", "cls_patch"])
-def test_the_forward_formula_is_what_pytorch_counts(token_layout):
-    config = CONFIG.model_copy(update={"token_layout": token_layout})
+def test_the_forward_formula_is_what_pytorch_counts(token_layout, attention):
+    config = CONFIG.model_copy(update={"token_layout": token_layout, "attention": attention})
 
     assert B * sum(forward_flops(config)) == count(config, backward=False)
 
 
-def test_a_training_step_is_what_pytorch_counts():
-    assert B * train_flops_per_sample(CONFIG) == count(CONFIG, backward=True)
+@pytest.mark.parametrize("attention", ["full", "none"])
+def test_a_training_step_is_what_pytorch_counts(attention):
+    config = CONFIG.model_copy(update={"attention": attention})
+    assert B * train_flops_per_sample(config) == count(config, backward=True)
 
 
 def test_checkpointing_adds_the_blocks_forward_pass():

@@ -10,8 +10,9 @@ from blip3o_ds.planning.memory import count_parameters, estimate_memory, recomme
 from blip3o_kernels import use_kernels
 
 
-def test_parameters_are_those_of_the_model():
-    config = get_blip3o_clip_config("tiny")
+@pytest.mark.parametrize("attention", ["full", "none"])
+def test_parameters_are_those_of_the_model(attention):
+    config = get_blip3o_clip_config("tiny", attention=attention)
 
     assert count_parameters(config) == sum(p.numel() for p in DiT(config).parameters())
 
@@ -94,7 +95,8 @@ def saved_for_backward(config: ModelConfig, batch: int) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
 
 
-def test_a_layers_activations_are_what_the_kernels_keep():
+@pytest.mark.parametrize("attention", ["full", "none"])
+def test_a_layers_activations_are_what_the_kernels_keep(attention):
     def difference_of_two_layers(measure) -> int:
         shallow, deep = (
             ModelConfig(
@@ -106,6 +108,7 @@ def test_a_layers_activations_are_what_the_kernels_keep():
                 num_heads=4,
                 num_kv_heads=2,
                 ffn_dim=128,
+                attention=attention,
             )
             for num_layers in (1, 3)
         )
