@@ -86,7 +86,7 @@ def test_it_acts_as_clamped_and_still_learns_beyond_the_bounds(value, factor):
 
 @pytest.mark.parametrize("start", [-0.2, 0.9, 1.2])
 def test_it_learns_the_factor_that_is_best_on_samples_held_out(start):
-    """At t = 0 the network says four times what is so, at t = 1 a fifth too much, and of the sample learnt what is so."""
+    """At t = 0 the network says four times what is so, at t = 1 a fifth too much; of the sample learnt it is right."""
     gain, held = gain_of(start), torch.tensor([True, True, False])
     out = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(2))
     target = out * torch.tensor([0.25, 1 / 1.2, 1.0])[:, None, None]
