@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from pydantic import ValidationError, model_validator
 
 from blip3o_ds.errors import ConfigError
-from blip3o_ds.settings import Section, Settings, flatten, nearest, parse_override, setting
+from blip3o_ds.settings import Section, Settings, flatten, nearest, parse_override, read_yaml, setting
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 
@@ -302,15 +301,7 @@ def get_blip3o_clip_config(
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     """The settings of a file as a layer of dotted names."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)}), found {settings!r}")
-    return flatten(settings)
+    return flatten(read_yaml(path, "configuration", RunConfig))
 
 
 if not TYPE_CHECKING:

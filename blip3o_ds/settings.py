@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -131,6 +132,19 @@ def flatten(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def read_yaml(path: Path, kind: str, schema: type[BaseModel]) -> dict[str, Any]:
+    """The top level of a YAML file that `schema` describes, unchecked; ConfigError if it is no YAML or no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {kind} file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected the fields {', '.join(schema.model_fields)}, found {content!r}")
+    return content or {}
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from blip3o_ds.errors import CheckpointError
 from blip3o_ds.files import atomic_write_bytes
 from blip3o_ds.flow.prior import LinearGaussian
 
-_TENSORS = ("eva_mean", "clip_mean", "directions", "ridge_weight", "ridge_bias", "ridge_noise")
+_TENSORS = ("clip_mean", "directions", "ridge_weight", "ridge_bias", "ridge_noise")
 _PRIOR = "prior."
 
 
@@ -27,7 +27,6 @@ class Baselines:
     sampler has to beat the Gaussians.
     """
 
-    eva_mean: Tensor  # [De]
     clip_mean: Tensor  # [Dc]
     directions: Tensor  # [Dc, P] in which the training embeddings vary most, orthonormal
     ridge_weight: Tensor  # [De, Dc], of each token alone
@@ -45,7 +44,7 @@ class Baselines:
 
     def predict_ridge(self, eva: Tensor) -> Tensor:
         """The ridge of each token alone: [B, N, De] -> [B, N, Dc] in fp32."""
-        return (eva.float() - self.eva_mean) @ self.ridge_weight + self.ridge_bias
+        return (eva.float() - self.prior.eva_mean) @ self.ridge_weight + self.ridge_bias
 
     def readings(self, eva: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """What each baseline generates for eva `[B, N, De]`: `[K, B, N, Dc]` from noise of that shape.

@@ -74,7 +74,6 @@ def fit_baselines(
     )
     prior = _with_variance(prior, reading)
     baselines = Baselines(
-        eva_mean=eva_mean,
         clip_mean=clip_mean_of_all,
         directions=torch.linalg.eigh(spread)[1].flip(1)[:, :MAX_DIRECTIONS].float().contiguous(),
         ridge_weight=ridge.whole.weight.float(),
@@ -132,8 +131,7 @@ class _Reading:
                     f"{', '.join(wrong)}: NaN, infinity or a number above {LARGEST:g} in the embeddings; "
                     "blip3o-ds data verify DIR names every sample with NaN or infinity"
                 )
-            enough = len(self.indices) >= 2 * FOLDS  # to leave some out; with fewer all are in one fold
-            yield self.dataset.folds(batch.keys, FOLDS).tolist() if enough else [0] * len(eva), eva, clip
+            yield self.dataset.folds(batch.keys, FOLDS).tolist(), eva, clip
             done += len(batch.keys)
             progress.at(done)
 
@@ -219,4 +217,5 @@ def _report(ridge: RidgeFit, context: RidgeFit) -> None:
     if context.r2 is None:
         logger.warning("all samples are of one image or fold: the baselines' errors are those in the sample, too small")
     else:
-        logger.info("R2 on images left out: ridge %.4f, ridge of the surroundings %.4f", ridge.r2, context.r2)
+        numbers = ridge.r2, ridge.penalty, context.r2, context.penalty
+        logger.info("R2 on images left out: ridge %.4f (penalty %.3g), of the surroundings %.4f (%.3g)", *numbers)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 FIRST_PENALTY = 1e-1  # relative to the mean eigenvalue of the features' covariance; where the search begins
 PENALTY_STEP = 10**0.5
-PENALTY_STEPS = 14  # at most this many each way
+PENALTY_STEPS = -14, 6  # down to rounding; up to 100 mean eigenvalues, which leave nothing of the map
 ROUNDING = 1e-6  # of products in fp32, relative to the mean square of what is multiplied
 
 
@@ -125,7 +125,7 @@ def _descend(error: Callable[[int], float]) -> tuple[int, float]:
     """The step with the least error, going down from 0: the error has one minimum."""
     best, least = 0, error(0)
     for direction in (1, -1):
-        while abs(best + direction) <= PENALTY_STEPS and (found := error(best + direction)) < least:
+        while PENALTY_STEPS[0] <= best + direction <= PENALTY_STEPS[1] and (found := error(best + direction)) < least:
             best, least = best + direction, found
         if best:
             break

@@ -12,7 +12,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from blip3o_ds.config import SETTINGS, RunConfig, build_run_config, preset_settings
@@ -21,7 +20,7 @@ from blip3o_ds.errors import ConfigError
 from blip3o_ds.evaluation.metrics import METRICS
 from blip3o_ds.flow.flow import check_flow
 from blip3o_ds.runs.folder import FINAL_SUMMARY, find_runs, read_run_config
-from blip3o_ds.settings import Section, flatten, nearest
+from blip3o_ds.settings import Section, flatten, nearest, read_yaml
 
 # The columns of a report unless the file names others: those first that a collapsed sampler cannot win.
 DEFAULT_METRICS = (
@@ -104,15 +103,7 @@ class PlannedRun:
 def load_matrix(path: Path, train: str | None = None, evals: Sequence[str] = ()) -> Matrix:
     """Read a matrix file; `train` and `evals` replace its data. A ConfigError names the file and the field."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such matrix file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected the fields {', '.join(Matrix.model_fields)}, found {content!r}")
-    try:
-        matrix = Matrix.model_validate(content)
+        matrix = Matrix.model_validate(read_yaml(path, "matrix", Matrix))
     except ValidationError as error:
         raise ConfigError("; ".join(f"{path}: {_explain(item)}" for item in error.errors())) from None
     data = MatrixData(train=train or matrix.data.train, eval=tuple(evals) or matrix.data.eval)

@@ -89,11 +89,13 @@ class LinearGaussian:
         features = self.surroundings(eva)
         if folds is None:
             return _affine(features, self.weight)
-        out = features.new_empty(*features.shape[:-1], self.weight.shape[1])
-        for fold in sorted(set(folds)):
-            rows = [row for row, of in enumerate(folds) if of == fold]
-            out[rows] = _affine(features[rows], self.fold_weights[fold])
-        return out
+        order = sorted(range(len(folds)), key=folds.__getitem__)  # known here, so that the device is asked for nothing
+        back = sorted(range(len(folds)), key=order.__getitem__)
+        sort, unsort = torch.tensor([order, back]).to(features.device, non_blocking=True)
+        present = sorted(set(folds))
+        parts = features[sort].split([folds.count(fold) for fold in present])
+        found = [_affine(part, self.fold_weights[fold]) for fold, part in zip(present, parts, strict=True)]
+        return torch.cat(found)[unsort]
 
     def standard_eva(self, eva: Tensor) -> Tensor:
         """eva with zero mean and unit variance in every channel."""

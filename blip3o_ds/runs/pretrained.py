@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -58,11 +58,14 @@ class Pretrained:
         return dataset
 
     def weights_sha256(self) -> str:
-        """Hexadecimal SHA-256 of the names and values of the weights, in the precision that they were loaded in."""
+        """Hexadecimal SHA-256 of the names and values of what generates: the weights, as loaded, and the prior."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
+        prior = {
+            f"prior.{name}": x for name, x in self.flow.prediction.prior.tensors().items() if name != "fold_weights"
+        }
+        for name, tensor in sorted({**self.model.state_dict(), **prior}.items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
@@ -73,9 +76,9 @@ def load_pretrained(path: str | Path, device: torch.device | str = "cpu") -> Pre
     """
     path, device = Path(path), torch.device(device)
     if (path / RUN_CONFIG).is_file():
-        loaded = _load_run(path)
+        loaded = _load_run(path, device)
     elif (path / CONFIG_NAME).is_file():
-        loaded = _load_export(path)
+        loaded = _load_export(path, device)
     else:
         raise CheckpointError(
             f"{path}: neither a run ({RUN_CONFIG}) nor an export ({CONFIG_NAME}) is there; give a folder "
@@ -84,8 +87,7 @@ def load_pretrained(path: str | Path, device: torch.device | str = "cpu") -> Pre
     dtype = torch.float32 if device.type == "cpu" else _DTYPES[loaded.config.train.precision]
     loaded.model.to(device, dtype).eval().requires_grad_(False)
     logger.info("loaded %s: step %d, %s weights, %s on %s", path, loaded.step, loaded.weights, dtype, device)
-    flow = Flow.from_config(loaded.config.flow, loaded.baselines.prior.to(device))
-    return replace(loaded, flow=flow, device=device)
+    return loaded
 
 
 def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
@@ -96,7 +98,7 @@ def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
     if `dst` already holds something.
     """
     with atomic_folder(dst) as folder:
-        loaded = _load_run(Path(run), step)
+        loaded = _load_run(Path(run), torch.device("cpu"), step)
         config = loaded.config
         settings = {
             "flow": config.flow.model_dump(mode="json"),
@@ -111,7 +113,7 @@ def export(run: str | Path, dst: str | Path, step: int | None = None) -> None:
         loaded.baselines.without_folds().save(folder / BASELINES)
 
 
-def _load_run(run: Path, step: int | None = None) -> Pretrained:
+def _load_run(run: Path, device: torch.device, step: int | None = None) -> Pretrained:
     config, _ = read_run_config(run)
     weights = "ema" if config.train.ema_decay > 0 else "model"
     name = f"{weights}.safetensors"
@@ -120,10 +122,10 @@ def _load_run(run: Path, step: int | None = None) -> Pretrained:
         raise CheckpointError(f"{run / CHECKPOINTS}: there is no whole checkpoint; a run writes its last at its end")
     model = DiT(config.model)
     model.load_weights(checkpoint.path / name, RUN_CONFIG)
-    return _assemble(run, model, config, checkpoint.step, weights)
+    return _assemble(run, model, config, checkpoint.step, weights, device)
 
 
-def _load_export(folder: Path) -> Pretrained:
+def _load_export(folder: Path, device: torch.device) -> Pretrained:
     settings = read_pretrained_config(folder)
     absent = {"model", "flow", "eval", "normalization", "precision", "step", "weights"} - settings.keys()
     if absent:
@@ -131,14 +133,13 @@ def _load_export(folder: Path) -> Pretrained:
     sections = {name: settings[name] for name in ("model", "flow", "eval")}
     sections |= {"data": {"normalization": settings["normalization"]}, "train": {"precision": settings["precision"]}}
     config = parse_run_config(folder / CONFIG_NAME, sections)
-    return _assemble(folder, DiT.from_pretrained(folder), config, settings["step"], settings["weights"])
+    return _assemble(folder, DiT.from_pretrained(folder), config, settings["step"], settings["weights"], device)
 
 
-def _assemble(folder: Path, model: DiT, config: RunConfig, step: int, weights: str) -> Pretrained:
+def _assemble(folder: Path, model: DiT, config: RunConfig, step: int, weights: str, device: torch.device) -> Pretrained:
     normalizer, baselines = Normalizer.load(folder / NORMALIZER), Baselines.load(folder / BASELINES)
     try:
-        return Pretrained(
-            model, Flow.from_config(config.flow, baselines.prior), normalizer, baselines, config, step, weights
-        )
+        flow = Flow.from_config(config.flow, baselines.prior.to(device))
     except ConfigError as error:
         raise CheckpointError(f"{folder}: its settings are not valid here: {error}") from None
+    return Pretrained(model, flow, normalizer, baselines, config, step, weights, device)

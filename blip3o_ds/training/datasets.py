@@ -68,8 +68,10 @@ def prepare_statistics(
         normalizer.save(run_dir / NORMALIZER)
         threads = torch.get_num_threads()
         torch.set_num_threads(min(len(os.sched_getaffinity(0)), threads * dist.get_world_size()))  # the others wait
-        fit_baselines(dataset, normalizer, device=device).save(run_dir / BASELINES)
-        torch.set_num_threads(threads)
+        try:
+            fit_baselines(dataset, normalizer, device=device).save(run_dir / BASELINES)
+        finally:
+            torch.set_num_threads(threads)
     dist.barrier()
     return Normalizer.load(run_dir / NORMALIZER), Baselines.load(run_dir / BASELINES)
 

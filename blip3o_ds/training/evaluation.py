@@ -24,7 +24,7 @@ BEST_BY = "energy_score"  # of `sampled`, on the first split: the lower, the bet
 def evaluate_splits(run: Run, max_samples: int | None) -> dict[str, EvalResult]:
     """Generate with the EMA weights (or the current ones, without EMA) and compare.
 
-    An overfit test asks what the network memorised, so the prior guesses as it did in training, without the image.
+    The training set, of an overfit test or in place of a held-out one, is guessed as in training, without the image.
     """
     config, engine = run.config, run.engine
     model = DiT(config.model)
@@ -34,9 +34,11 @@ def evaluate_splits(run: Run, max_samples: int | None) -> dict[str, EvalResult]:
     parts = (run.flow, run.normalizer, run.baselines, config, run.state.step)
     pretrained = Pretrained(model, *parts, weights="ema" if ema else "model", device=engine.device)
     settings = config.eval.model_copy(update={"max_samples": max_samples})
-    num_folds = run.baselines.prior.num_folds if config.train.overfit_test_size else 0
-    place = (dist.get_rank(), dist.get_world_size(), gather, num_folds)
-    return {split: evaluate(pretrained, dataset, settings, *place) for split, dataset in run.splits.items()}
+    place, num_folds = (dist.get_rank(), dist.get_world_size(), gather), run.baselines.prior.num_folds
+    return {
+        split: evaluate(pretrained, dataset, settings, *place, num_folds=num_folds * (dataset is run.loader.dataset))
+        for split, dataset in run.splits.items()
+    }
 
 
 def record_evaluation(run: Run, results: dict[str, EvalResult]) -> None:

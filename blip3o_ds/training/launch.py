@@ -64,10 +64,16 @@ def rendezvous(environment: Mapping[str, str], num_devices: int) -> dict[str, st
             f"SLURM job {environment['SLURM_JOB_ID']} has SLURM_NTASKS = {environment['SLURM_NTASKS']} tasks, and this "
             "process is none of them but was started beside them: put `srun` before the command"
         )
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address, port = probe.getsockname()
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def first_host(node_list: str) -> str:

@@ -12,19 +12,16 @@ import os
 import platform
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import blip3o_ds
 from blip3o_ds.data.reading.bad_samples import BadSamples
 from blip3o_ds.errors import CheckpointError, ConfigError, TrainingError
 from blip3o_ds.evaluation.matrix import Matrix, PlannedRun, check_unchanged, is_finished, overrides, plan_runs
@@ -34,7 +31,9 @@ from blip3o_ds.files import FileLock, atomic_write_json, read_json
 from blip3o_ds.progress import format_duration
 from blip3o_ds.runs.folder import CHECKPOINTS
 from blip3o_ds.training.datasets import open_eval_data, open_train_data
+from blip3o_ds.training.launch import free_port
 from blip3o_ds.training.optim import check_names
+from blip3o_ds.training.resume import package_versions
 from blip3o_ds.training.setup import count_steps
 
 logger = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ def run_matrix(matrix: Matrix, out: Path, processes: int, command: str) -> dict[
 def training_command(matrix: Matrix, run: PlannedRun, processes: int) -> list[str]:
     """The command line that begins a run, or resumes it at its newest checkpoint."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
-    launcher += ["--master_port", str(_free_port()), "--module", "blip3o_ds.cli", "train"]
+    launcher += ["--master_port", str(free_port()), "--module", "blip3o_ds.cli", "train"]
     if run_dir := run.find():
         return [*launcher, "--resume", str(run_dir)]
     where = ["--chunked_embeddings_dir", str(matrix.data.train), "--output_dir", str(run.folder)]
@@ -117,11 +116,7 @@ def training_command(matrix: Matrix, run: PlannedRun, processes: int) -> list[st
 def describe_machine() -> dict[str, Any]:
     """`machine` and `versions` for the results."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    versions = {"blip3o_ds": blip3o_ds.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")}
-    return {
-        "machine": {"cpu": _cpu_model(), "cores": _cores(), "gpus": gpus},
-        "versions": {**versions, "python": platform.python_version()},
-    }
+    return {"machine": {"cpu": _cpu_model(), "cores": _cores(), "gpus": gpus}, "versions": package_versions()}
 
 
 def _task(run: PlannedRun, steps: int) -> Task:
@@ -232,13 +227,6 @@ def _stopping() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _cores() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 import subprocess
+from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,26 @@ def keep_global_batch(config: RunConfig, run_dir: Path, world_size: int) -> RunC
 
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and git state, stored with a run's settings."""
-    import deepspeed
-
     root = Path(blip3o_ds.__file__).parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     cpu = platform.processor() or platform.machine()
-    packages = (blip3o_ds, torch, deepspeed)
     return {
-        "versions": {**{p.__name__: p.__version__ for p in packages}, "python": platform.python_version()},
+        "versions": package_versions(),
         "git": git.stdout.strip() or None,
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "world_size": dist.get_world_size(),
         "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of this package and of what computes its results."""
+    return {
+        "blip3o_ds": blip3o_ds.__version__,
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "python": platform.python_version(),
     }
 
 

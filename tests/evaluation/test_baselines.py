@@ -332,7 +332,7 @@ def test_saved_baselines_come_back(make_dataset, tmp_path):
 
     loaded = Baselines.load(tmp_path / "baselines.safetensors")
 
-    for name in ("eva_mean", "clip_mean", "directions", "ridge_weight", "ridge_bias", "ridge_noise"):
+    for name in ("clip_mean", "directions", "ridge_weight", "ridge_bias", "ridge_noise"):
         assert torch.equal(getattr(loaded, name), getattr(fitted, name))
     for name, value in fitted.prior.tensors().items():
         assert torch.equal(getattr(loaded.prior, name), value)

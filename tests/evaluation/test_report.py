@@ -112,7 +112,7 @@ def test_the_baselines_stand_beside_the_model_and_are_those_of_the_training_set(
     assert "coverage" in result.readings["sampled"]
     baselines = fit_baselines(setting.train, RAW)
     eva, clip = setting.eva[30:].double(), setting.clip[30:].double()
-    ridge = (eva - baselines.eva_mean) @ baselines.ridge_weight.double() + baselines.ridge_bias
+    ridge = (eva - baselines.prior.eva_mean) @ baselines.ridge_weight.double() + baselines.ridge_bias
     mean = setting.clip[:30].double().mean((0, 1))
     assert result.readings["ridge"]["mse"] == pytest.approx(float((ridge - clip).square().mean()), rel=1e-5)
     assert result.readings["mean_embedding"]["mse"] == pytest.approx(float((mean - clip).square().mean()), rel=1e-5)

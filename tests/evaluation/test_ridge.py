@@ -9,7 +9,7 @@ import torch
 from blip3o_ds.baselines.ridge import FIRST_PENALTY, PENALTY_STEP, PENALTY_STEPS, RidgeFit, Sums, fit_ridge
 
 FEATURES, TARGETS, FOLDS = 6, 3, 5
-PENALTIES = [FIRST_PENALTY * PENALTY_STEP**step for step in range(-PENALTY_STEPS, PENALTY_STEPS + 1)]
+PENALTIES = [FIRST_PENALTY * PENALTY_STEP**step for step in range(PENALTY_STEPS[0], PENALTY_STEPS[1] + 1)]
 
 
 def tokens(count: int, noise: float, seed: int = 0, features: int = FEATURES) -> tuple[np.ndarray, np.ndarray]:

@@ -140,9 +140,12 @@ def test_an_export_generates_what_its_run_does_and_has_no_maps_of_folds(run_dir,
     found = [sample(p.model, p.flow, eva, noise, SamplerConfig(steps=3)) for p in (run, exported)]
 
     assert torch.equal(*found)
+    assert run.weights_sha256() == exported.weights_sha256()
+    exported.flow.prediction.prior.variance[0, 0] *= 2
+    assert run.weights_sha256() != exported.weights_sha256()  # another prior generates something else
     assert run.config.flow.prediction == "gaussian"  # which needs the prior
     assert (run.baselines.prior.num_folds, exported.baselines.prior.num_folds) == (5, 0)
-    assert not torch.equal(found[0], sample(run.model, exported.flow, eva, -noise, SamplerConfig(steps=3)))
+    assert not torch.equal(found[0], sample(run.model, run.flow, eva, -noise, SamplerConfig(steps=3)))
 
 
 def test_an_export_carries_what_standardisation_needs(run_dir, tmp_path, config):

@@ -302,13 +302,20 @@ def test_resuming_on_data_of_another_size_is_refused_with_both_lengths(tmp_path,
 @pytest.mark.parametrize("stage", [0, 2])
 def test_an_evaluation_before_any_step_was_applied_takes_the_weights_as_they_are(trainee, monkeypatch, stage):
     config, learner = small_config(stage), trainee(stage)
-    seen = []
-    monkeypatch.setattr(evaluation, "evaluate", lambda pretrained, *_: seen.append(pretrained.model.state_dict()))
+    seen, folds = [], []
 
-    parts = dict.fromkeys(("flow", "normalizer", "baselines"))
-    state = TrainState(total_steps=1)
-    run = SimpleNamespace(config=config, engine=learner.engine, splits={"train": None}, state=state, **parts)
+    def evaluate(pretrained, dataset, *_, num_folds):
+        seen.append(pretrained.model.state_dict())
+        folds.append((dataset, num_folds))
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+
+    parts = {"flow": None, "normalizer": None, "baselines": SimpleNamespace(prior=SimpleNamespace(num_folds=5))}
+    parts |= {"state": TrainState(total_steps=1), "loader": SimpleNamespace(dataset="seen")}
+    splits = {"train": "seen", "held": "unseen"}
+    run = SimpleNamespace(config=config, engine=learner.engine, splits=splits, **parts)
     evaluation.evaluate_splits(run, None)
 
+    assert folds == [("seen", 5), ("unseen", 0)]  # the prior has not seen what it guesses
     expected = learner.weights()
     assert all(torch.equal(weight.float(), expected[name].to(weight.dtype).float()) for name, weight in seen[0].items())
