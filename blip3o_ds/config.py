@@ -95,7 +95,7 @@ class FlowConfig(Section):
     calibration_share: float = setting(
         0.01, "share of the images that teach only how far the network's output is trusted on new ones", ge=0, lt=1
     )
-    noise_share: float = setting(0.25, "share of the training samples at t = 0, for the posterior mean", ge=0, lt=1)
+    noise_share: float = setting(0.5, "share of the training samples at t = 0, for the posterior mean", ge=0, lt=1)
     logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")
     logit_std: float = setting(1.0, "standard deviation of logit(t), for logit_normal", gt=0)
     timestep_shift: float = setting(1.0, "above 1: more training and sampling near the noise", aliases="shift", gt=0)

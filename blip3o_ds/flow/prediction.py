@@ -117,11 +117,15 @@ class GaussianPrediction(Prediction):
 
     In every mode of the prior, with standard deviation s, let `y = (clip - mean) / s` and `tan(a) = alpha s / sigma`.
     The path is then a rotation from noise to y, `w = cos(a) noise + sin(a) y`, where w is x_t without the mean and the
-    standard deviation that it has under the prior. Coordinates are w in modes. The network sees `sin(a) w`, the prior's
-    posterior mean of y, as tokens, and outputs the derivative of w in the angle, `cos(a) y - sin(a) noise`, of unit
-    variance in every mode (a preconditioning as those of Karras et al. 2022 and Lu & Song 2024, mode by mode). At t = 0
-    it sees EVA alone. An output of zero is the prior itself, its posterior mean at every t and exact samples of it in
-    any number of steps, so training begins there.
+    standard deviation that it has under the prior. Coordinates are w in modes. The prior expects `clip - mean` to be
+    `s sin(a) w`, given x_t; the network sees that as tokens, and outputs what is to be added to it, over cos(a):
+    `s (cos(a) y - sin(a) noise)`, which is s times the derivative of w in the angle. Both are in units of the prior's
+    root mean square error (a preconditioning as those of Karras et al. 2022 and Lu & Song 2024, mode by mode). At t = 0
+    it sees EVA alone and corrects the mean. An output of zero is the prior itself, its posterior mean at every t and
+    exact samples of it in any number of steps, so training begins there.
+
+    Input and output keep the modes' own sizes. With modes of equal size, an error of the network would be largest in the
+    image's mean, where s is a hundred times that of fine detail, and few images say what it should be.
     """
 
     def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor:
@@ -132,36 +136,42 @@ class GaussianPrediction(Prediction):
 
     def training_pair(self, data: Tensor, noise: Tensor, t: Tensor, guess: Tensor) -> tuple[Point, Tensor]:
         cos, sin = self._rotation(t)
-        y = self.prior.to_modes(data - guess) / self.prior.std
-        noise = self.prior.to_modes(noise)
-        return Point(cos * noise + sin * y, t, guess), self._tokens(cos * y - sin * noise)
+        residual, noise = self.prior.to_modes(data - guess), self.prior.to_modes(noise)
+        point = Point(cos * noise + sin * residual / self.prior.std, t, guess)
+        return point, self._tokens((cos * residual - sin * self.prior.std * noise) / self.prior.rms)
 
     def output(self, model: Model, point: Point, eva: Tensor, drop: Tensor, held: Tensor | None = None) -> Tensor:
-        _, sin = self._rotation(point.t)
-        seen = self._tokens(sin * point.x)  # what the prior expects of y given x_t: nothing at t = 0, y at t = 1
+        seen = self._tokens(self._expected(point) / self.prior.rms)
         return self._call(model, seen, point, self.prior.standard_eva(eva), drop, held)
 
     def clean(self, output: Tensor, point: Point) -> Tensor:
-        cos, sin = self._rotation(point.t)
-        return point.guess + self.prior.from_modes(self.prior.std * (sin * point.x + cos * self._modes(output)))
+        return point.guess + self.prior.from_modes(self._residual(output, point))
 
     def embedding(self, point: Point) -> Tensor:
         alpha = self.path.alpha(per_sample(point.t))
         return alpha * point.guess + self.prior.from_modes(self._std(point.t) * point.x)
 
     def displacement(self, output: Tensor, point: Point) -> Tensor:
-        cos, sin = self._rotation(point.t)
-        modes = self.prior.std * (sin * point.x + cos * self._modes(output)) - self._std(point.t) * point.x
-        return self._tokens(modes)
+        return self._tokens(self._residual(output, point) - self._std(point.t) * point.x)
 
     def slope(self, output: Tensor, point: Point) -> Tensor:
-        return self._modes(output)
+        return self.prior.rms / self.prior.std * self._modes(output)
 
     def advance(self, x: Tensor, slope: Tensor, start: Tensor, end: Tensor) -> Tensor:
         return x + (self._angle(end) - self._angle(start)) * slope
 
     def finish(self, point: Point) -> Tensor:
         return point.guess + self.prior.from_modes(self.prior.std * point.x)
+
+    def _expected(self, point: Point) -> Tensor:
+        """What the prior expects of `clip - mean` given x_t, in modes: nothing at t = 0, all of it at t = 1."""
+        _, sin = self._rotation(point.t)
+        return self.prior.std * sin * point.x
+
+    def _residual(self, output: Tensor, point: Point) -> Tensor:
+        """`clip - mean` in modes, as the output has it."""
+        cos, _ = self._rotation(point.t)
+        return self._expected(point) + self.prior.rms * cos * self._modes(output)
 
     def _tokens(self, modes: Tensor) -> Tensor:
         return self.prior.tokens.T @ modes
@@ -200,7 +210,7 @@ class RegressionPrediction(GaussianPrediction):
         return super().output(model, nothing, eva, drop, held)
 
     def clean(self, output: Tensor, point: Point) -> Tensor:
-        return point.guess + self.prior.from_modes(self.prior.std * self._modes(output))
+        return point.guess + self.prior.from_modes(self.prior.rms * self._modes(output))
 
     def advance(self, x: Tensor, slope: Tensor, start: Tensor, end: Tensor) -> Tensor:
         return slope  # the same at every point

@@ -76,6 +76,11 @@ class LinearGaussian:
         """[N, Dc], of the modes."""
         return self.variance.sqrt()
 
+    @cached_property
+    def rms(self) -> Tensor:
+        """The root mean square of a residual's number, a scalar."""
+        return self.variance.mean().sqrt()
+
     @property
     def num_folds(self) -> int:
         return len(self.fold_weights)

@@ -107,7 +107,7 @@ class Gain(nn.Module):
     """
 
     KNOTS = 9  # over t from 0 to 1
-    RATE = 20.0  # times the learning rate: Adam moves a number by about the rate in a step, and this one is near 1
+    RATE = 10.0  # times the learning rate: Adam moves a number by about the rate in a step, and this one is near 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,12 +120,20 @@ class Gain(nn.Module):
         """
         place = timesteps.float() * (self.KNOTS - 1)
         left = place.long().clamp(0, self.KNOTS - 2)
-        value = self.value.float()
-        value = value + (value.clamp(0, 1) - value).detach()  # whose gradient does not end at the bounds
+        value = self._bounded()
         factor = torch.lerp(value[left], value[left + 1], place - left).to(out.dtype)[:, None, None]
         if held is None:
             return factor * out
         return torch.where(held[:, None, None], factor * out.detach(), out)
+
+    def _bounded(self) -> Tensor:
+        """The values from 0 to 1. Beyond, only a gradient that leads back passes: they never go far, nor stay there."""
+        value = self.value.float()
+        bounded = value + (value.clamp(0, 1) - value).detach()
+        if bounded.requires_grad:
+            value = value.detach()
+            bounded.register_hook(lambda g: g.masked_fill((value >= 1) & (g < 0) | (value <= 0) & (g > 0), 0.0))
+        return bounded
 
 
 class TimestepEmbedding(nn.Module):

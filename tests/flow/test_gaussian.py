@@ -125,7 +125,7 @@ def test_a_network_of_zeros_samples_the_prior_in_any_number_of_steps(solver, ste
 
 
 @pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=["linear", "cosine"])
-def test_the_target_is_the_derivative_of_the_coordinates_by_the_angle(path):
+def test_the_target_is_the_derivative_of_the_coordinates_by_the_angle_in_the_modes_own_size(path):
     prediction = GaussianPrediction(path, EXACT)
     clip, noise, guess = (normal(5, N, CLIP, seed=seed, dtype=torch.float64) for seed in range(3))
     t, step = torch.tensor([0.01, 0.2, 0.5, 0.8, 0.98], dtype=torch.float64), 1e-6
@@ -139,11 +139,12 @@ def test_the_target_is_the_derivative_of_the_coordinates_by_the_angle(path):
     derivative = (after - before) / (angle_after - angle_before)
 
     _, _, target = coordinates_and_angle(t)
-    torch.testing.assert_close(EXACT.tokens @ target, derivative, atol=1e-7, rtol=1e-7)
+    scaled = derivative * EXACT.variance.sqrt() / EXACT.variance.mean().sqrt()
+    torch.testing.assert_close(EXACT.tokens @ target, scaled, atol=1e-7, rtol=1e-7)
 
 
 @paths
-def test_the_target_stands_for_the_data_and_both_have_unit_variance_under_the_prior(path):
+def test_the_target_stands_for_the_data_and_has_the_variances_of_the_modes(path):
     flow, count = build(path=path), 20_000
     eva, t = normal(count, N, EVA), torch.rand(count, generator=torch.Generator().manual_seed(3))
     guess = flow.prediction.guess(eva, None)
@@ -152,9 +153,9 @@ def test_the_target_stands_for_the_data_and_both_have_unit_variance_under_the_pr
     point, target = flow.prediction.training_pair(clip, normal(count, N, CLIP, seed=2), t, guess)
 
     torch.testing.assert_close(flow.prediction.clean(target, point), clip, atol=1e-4, rtol=1e-4)
-    for coordinates in (point.x, PRIOR.to_modes(target @ PRIOR.channels.T)):
-        variance = coordinates.square().mean(dim=0)
-        torch.testing.assert_close(variance, torch.ones(N, CLIP), atol=0.05, rtol=0)
+    share = PRIOR.variance / PRIOR.variance.mean()
+    for coordinates, expected in ((point.x, torch.ones(N, CLIP)), (PRIOR.tokens @ target, share)):
+        torch.testing.assert_close(coordinates.square().mean(dim=0), expected, atol=0, rtol=0.05)
 
 
 def test_the_network_sees_what_the_prior_expects_by_token_standard_eva_and_the_folds_guess():
@@ -173,7 +174,8 @@ def test_the_network_sees_what_the_prior_expects_by_token_standard_eva_and_the_f
     variance = (s**2 * PRIOR.variance + (1 - s) ** 2).double()  # of x_t in modes
     x_t = ((1 - s) * noise + s * (clip - PRIOR.mean(eva, folds))).double()
     modes = PRIOR.tokens.double() @ (x_t @ channels.double()) / variance.sqrt()
-    modes = modes * (s * PRIOR.std).double() / variance.sqrt()  # the prior's posterior mean of the unit residual
+    modes = modes * (s * PRIOR.variance).double() / variance.sqrt()  # the prior's posterior mean of the residual
+    modes = modes / PRIOR.variance.mean().sqrt()
     torch.testing.assert_close(seen[0].double(), PRIOR.tokens.double().T @ modes, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seen[2], (eva - PRIOR.eva_mean) / PRIOR.eva_std)
     assert torch.equal(seen[1], t)
@@ -197,13 +199,13 @@ class Perfect:
         alpha, sigma = shares(self.path, time)
         modes, std = dense_modes(EXACT), EXACT.variance.sqrt().numpy().ravel()
         seen = np.sqrt(alpha**2 * std**2 + sigma**2)
-        sin = alpha * std / seen
-        w = flat(x) @ np.kron(hadamard().T, np.eye(CLIP))
+        sin, rms = alpha * std / seen, np.sqrt(np.mean(std**2))
+        w = flat(x) @ np.kron(hadamard().T, np.eye(CLIP)) * rms / std
         w = w / sin if alpha else 0 * w  # at t = 0 the input is nothing, and the posterior mean depends on nothing
         x_t = alpha * self.guess + (w * seen) @ modes.T
         clean = posterior(self.path, self.mean, self.covariance, x_t, time)
         y = (clean - self.guess) @ modes / std
-        out = (y - sin * w) / (sigma / seen)  # clean is at sin w + cos out
+        out = std / rms * (y - sin * w) / (sigma / seen)  # clean is at std sin w + rms cos out
         return torch.from_numpy(out @ np.kron(hadamard(), np.eye(CLIP))).reshape(x.shape).float()
 
 
@@ -307,7 +309,8 @@ def test_the_velocity_weight_compares_the_velocities_of_the_clean_embeddings(pat
         modes, token_modes = PRIOR.channels.double().numpy(), hadamard()
         y = token_modes @ error @ modes / std
         w = (alpha * std * y + sigma * (token_modes @ n @ modes if prediction == "gaussian" else 0 * n)) / seen
-        clean = std * (alpha * std / seen * w + sigma / seen * (token_modes @ output[i].double().numpy()))
+        rms = np.sqrt(np.mean(std**2))
+        clean = std * alpha * std / seen * w + sigma / seen * rms * (token_modes @ output[i].double().numpy())
         d_alpha, d_sigma = (
             f(torch.tensor(time, dtype=torch.float64)).item() for f in (flow.path.d_alpha, flow.path.d_sigma)
         )
@@ -347,7 +350,7 @@ def test_regression_is_the_same_point_for_every_noise_time_solver_and_number_of_
     drawn = sample(network, flow, eva, normal(3, N, CLIP, seed=2), SamplerConfig(steps=steps, solver=solver))
 
     output = PRIOR.standard_eva(eva)[..., :CLIP]
-    expected = PRIOR.mean(eva) + PRIOR.from_modes(PRIOR.std * (PRIOR.tokens @ output))
+    expected = PRIOR.mean(eva) + PRIOR.variance.mean().sqrt() * output @ PRIOR.channels.T
     torch.testing.assert_close(point, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
     assert not any(x.any() or t.any() for x, t in seen)

@@ -74,14 +74,16 @@ def test_samples_held_out_teach_the_gain_alone_and_the_others_the_network_alone(
 
 
 @pytest.mark.parametrize(("value", "factor"), [(-0.3, 0.0), (0.0, 0.0), (0.4, 0.4), (1.0, 1.0), (1.7, 1.0)])
-def test_it_acts_as_clamped_and_still_learns_beyond_the_bounds(value, factor):
+@pytest.mark.parametrize("rises", [True, False])
+def test_it_acts_as_clamped_and_learns_at_the_bounds_only_what_leads_back(value, factor, rises):
     gain, out = gain_of(value), torch.ones(B, 4, 3)
     scaled = gain(out, TIMES, torch.ones(B, dtype=torch.bool))
     torch.testing.assert_close(scaled, torch.full_like(out, factor))
 
-    scaled.sum().backward()
+    (scaled.sum() * (-1 if rises else 1)).backward()
 
-    assert gain.value.grad.sum() == pytest.approx(out.sum().item())  # as between the bounds
+    blocked = value >= 1 if rises else value <= 0
+    assert gain.value.grad.sum().abs() == pytest.approx(0.0 if blocked else out.sum().item())
 
 
 @pytest.mark.parametrize("start", [-0.2, 0.9, 1.2])
