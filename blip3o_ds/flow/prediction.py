@@ -124,8 +124,8 @@ class GaussianPrediction(Prediction):
     it sees EVA alone and corrects the mean. An output of zero is the prior itself, its posterior mean at every t and
     exact samples of it in any number of steps, so training begins there.
 
-    Input and output keep the modes' own sizes. With modes of equal size, an error of the network would be largest in the
-    image's mean, where s is a hundred times that of fine detail, and few images say what it should be.
+    Input and output keep the modes' own sizes. With modes of equal size, what the network gets wrong would be largest
+    in the image's mean, where s is a hundred times that of fine detail, and few images say what it should be.
     """
 
     def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor:
