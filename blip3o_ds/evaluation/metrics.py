@@ -29,12 +29,12 @@ RETRIEVAL_CHUNK = 1024  # rows of the similarity matrix in memory at once
 
 @dataclass(frozen=True)
 class Collected:
-    """What the metrics are computed from: g are the first samples' tokens, c the true ones, m their training mean."""
+    """What the metrics are computed from: g are the samples' tokens, c the true ones, m their training mean."""
 
     per_image: Tensor  # [images, 11] float64: the columns `PER_IMAGE`
-    pooled: Tensor  # [images, 2, D] mean over tokens of g - m and c - m
-    token_sums: Tensor  # [2, D] float64, over all tokens, of g - m and c - m
-    token_products: Tensor  # [2, D, D] float64, over all tokens, of (g - m) (g - m)^T and (c - m) (c - m)^T
+    pooled: Tensor  # [images, 2, D] mean over tokens of g - m, of the first samples, and of c - m
+    token_sums: Tensor  # [2, D] float64, over all tokens, of g - m, mean over the samples, and of c - m
+    token_products: Tensor  # [2, D, D] float64, the same of (g - m) (g - m)^T and (c - m) (c - m)^T
     num_tokens: int
 
     @staticmethod
@@ -137,7 +137,8 @@ METRICS = {
     "spread_skill": Metric("spread", lambda c: c.spread_skill(), ideal=1),
     "mean_error": Metric("error", lambda c: c.column("mean_error").mean(), ideal=0),
     # Squared Fréchet distance between the distributions of tokens, and of pooled images, as normal ones (Dowson &
-    # Landau 1982; Heusel et al. 2017), of the first samples: its bias depends on how many tokens there are.
+    # Landau 1982; Heusel et al. 2017). Its bias grows as images get fewer, and favours noise that averages out within
+    # an image; all K samples count, because one an image would be biased twice as much as the true one.
     "frechet": Metric("frechet", lambda c: frechet_distance(c.means, c.covariances), ideal=0),
     "frechet_pooled": Metric(None, lambda c: c.frechet_pooled(), ideal=0),
     "coverage": Metric("cover", lambda c: c.coverage(), ideal=1),
@@ -196,16 +197,13 @@ class MetricAccumulator:
         self._add(samples.detach(), target.detach())
 
     def _add(self, samples: Tensor, target: Tensor) -> None:
-        device, N = target.device, target.shape[1]
+        device = target.device
         mean = self._mean.to(device)
         dtype = torch.promote_types(torch.promote_types(samples.dtype, target.dtype), torch.float32)
         samples, target = samples.to(dtype), target.to(dtype)
         deviations = torch.stack([samples[0], target]) - mean.to(dtype)  # [2, B, N, D]
-        exact = deviations.double()
-        means, tokens = exact.mean(dim=2), exact.flatten(1, 2)
-        self._sums = self._sums.to(device) + N * means.sum(dim=1)
-        self._products = torch.baddbmm(self._products.to(device), tokens.mT, tokens)
-        self._num_tokens += tokens.shape[1]
+        means = deviations.mean(dim=2, dtype=torch.float64)
+        self._add_moments([one - mean.to(dtype) for one in samples], deviations[1])
 
         rounding = CENTRING_TOLERANCE * mean.norm()
         columns = {**score_samples(samples, target), **_similarities(samples[0], target)}
@@ -218,9 +216,20 @@ class MetricAccumulator:
         means = means.masked_fill(means.norm(dim=-1, keepdim=True) <= rounding, 0.0)
         self._pooled.append(means.float().transpose(0, 1).cpu())
 
+    def _add_moments(self, samples: Sequence[Tensor], target: Tensor) -> None:
+        """Of K samples and the true embedding, less m, each [B, N, D]; the samples' moments are means over K."""
+        self._sums, self._products = self._sums.to(target.device), self._products.to(target.device)
+        for place, side in enumerate((samples, [target])):
+            for one in side:
+                tokens = one.double().flatten(0, 1)
+                self._sums[place] += tokens.sum(dim=0) / len(side)
+                self._products[place] += tokens.T @ tokens / len(side)
+        self._num_tokens += target.shape[0] * target.shape[1]
+
     def payload(self) -> Collected:
         per_image, pooled = torch.cat(self._per_image), torch.cat(self._pooled)
-        return Collected(per_image, pooled, self._sums.cpu(), self._products.cpu(), self._num_tokens)
+        moments = (moment.to("cpu", copy=True) for moment in (self._sums, self._products))
+        return Collected(per_image, pooled, *moments, self._num_tokens)
 
 
 def _check_finite(label: str, embeddings: Tensor, names: Sequence[str]) -> None:

@@ -64,14 +64,18 @@ def oracle_of_samples(s, c) -> dict[str, float]:
         rank = (values < true).sum(0)
         inside.append((rank > 0) & (rank < K))
     pooled = s.mean(2), c.mean(1)
+    tokens = s.reshape(-1, D), c.reshape(-1, D)
+    means, deviations = ([x.mean(0) for x in tokens], [x.std(0) for x in tokens])
     found = {
         "energy_score": np.mean([oracle_energy(s[:, b, n], c[b, n]) for b in range(B) for n in range(N)]),
         "energy_score_pooled": np.mean([oracle_energy(pooled[0][:, b], pooled[1][b]) for b in range(B)]),
         "energy_score_whole": np.mean([oracle_energy(s[:, b].reshape(K, -1), c[b].ravel()) for b in range(B)]),
         "spread_skill": variance / error,
         "mean_error": error,
-        "frechet": oracle_frechet(s[0].reshape(-1, D), c.reshape(-1, D)),
+        "frechet": oracle_frechet(*tokens),
         "frechet_pooled": oracle_frechet(pooled[0][0], pooled[1]),
+        "frechet_diagonal": ((means[0] - means[1]) ** 2).sum() + ((deviations[0] - deviations[1]) ** 2).sum(),
+        "variance_ratio": (deviations[0] ** 2).mean() / (deviations[1] ** 2).mean(),
     }
     return found | ({"coverage": np.mean(inside) / ((K - 1) / (K + 1))} if K > 1 else {})
 
@@ -88,7 +92,6 @@ def oracle_of_first(g, c, m) -> dict[str, float]:
         return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
     similarity = cosine(g, c).mean(1)
-    tokens_g, tokens_c = g.reshape(-1, D), c.reshape(-1, D)
     return {
         "clip_similarity": similarity.mean(),
         "clip_similarity_centered": cosine(g - m, c - m).mean(),
@@ -99,9 +102,6 @@ def oracle_of_first(g, c, m) -> dict[str, float]:
         "norm_ratio": np.sqrt((g * g).sum(-1)).mean() / np.sqrt((c * c).sum(-1)).mean(),
         "retrieval_r1": brute_force_retrieval(g, c, m, 1),
         "retrieval_r5": brute_force_retrieval(g, c, m, 5),
-        "frechet_diagonal": ((tokens_g.mean(0) - tokens_c.mean(0)) ** 2).sum()
-        + ((tokens_g.std(0) - tokens_c.std(0)) ** 2).sum(),
-        "variance_ratio": tokens_g.var(0).mean() / tokens_c.var(0).mean(),
     }
 
 
@@ -145,6 +145,7 @@ def test_more_samples_change_no_metric_of_the_first():
     one, three = compute(samples[:1], target, mean), compute(samples, target, mean)
 
     of_all = {"energy_score", "energy_score_pooled", "energy_score_whole", "spread_skill", "mean_error", "coverage"}
+    of_all |= {"frechet", "frechet_diagonal", "variance_ratio"}
     assert {name for name in METRIC_NAMES if one.get(name) != three[name]} == of_all
 
 
