@@ -217,7 +217,7 @@ class MetricAccumulator:
         self._pooled.append(means.float().transpose(0, 1).cpu())
 
     def _add_moments(self, samples: Sequence[Tensor], target: Tensor) -> None:
-        """Of K samples and the true embedding, less m, each [B, N, D]; the samples' moments are means over K."""
+        """Add those of K samples and of the true embedding, less m, each [B, N, D]; the former are means over K."""
         self._sums, self._products = self._sums.to(target.device), self._products.to(target.device)
         for place, side in enumerate((samples, [target])):
             for one in side:
@@ -228,8 +228,8 @@ class MetricAccumulator:
 
     def payload(self) -> Collected:
         per_image, pooled = torch.cat(self._per_image), torch.cat(self._pooled)
-        moments = (moment.to("cpu", copy=True) for moment in (self._sums, self._products))
-        return Collected(per_image, pooled, *moments, self._num_tokens)
+        sums, products = (moment.to("cpu", copy=True) for moment in (self._sums, self._products))
+        return Collected(per_image, pooled, sums, products, self._num_tokens)
 
 
 def _check_finite(label: str, embeddings: Tensor, names: Sequence[str]) -> None:

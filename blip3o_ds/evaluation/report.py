@@ -76,8 +76,8 @@ def evaluate(
     cannot be inverted, on unit-norm ones, and the generated ones are taken as they are. Where `settings.max_samples`
     images are fewer, they are spread over the dataset.
 
-    Images that the prior was fitted to are guessed as in training, by the map of those `num_folds` that has not seen
-    them; with 0 they count as new. A network that learnt to correct that guess cannot correct the better one.
+    Images that the prior was fitted to are guessed as new ones, each by the map of those `num_folds` that has not seen
+    it; with 0 they are new, and guessed by the map of all.
 
     Each rank takes every `world_size`-th image, `gather` collects their sums, and every rank returns the whole result.
     Some ranks run the model once more than others, so its forward pass must not communicate.

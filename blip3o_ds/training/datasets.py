@@ -78,26 +78,36 @@ def prepare_statistics(
 
 @dataclass(frozen=True)
 class ImageRoles:
-    """What a sample's image is used for: its fold of the baselines' fit, and whether it is held out of training.
+    """What a sample's image is used for: whether it is held out of training, and which map of the prior guesses it.
 
-    The images held out teach only how far the network's output is trusted (`flow.calibration_share`).
+    The images held out teach only how far the network's output is trusted (`flow.calibration_share`), and count as new.
+    The others are guessed by the map that was fitted to them. Without them, a map's errors on a few photographs are
+    large and particular to each, and a network that learns those is wrong on new ones.
     """
 
     dataset: EmbeddingDataset
     num_folds: int
     calibration_share: float
+    all_new: bool  # no image is guessed by the map that was fitted to it
     device: torch.device
 
     @classmethod
     def of_run(cls, config: RunConfig, dataset: EmbeddingDataset, num_folds: int, device: torch.device) -> ImageRoles:
-        """Those of the settings; an overfit test holds none out, because all of so few are to be learnt."""
-        share = 0.0 if config.train.overfit_test_size else config.flow.calibration_share
-        return cls(dataset, num_folds, share, device)
+        """Those of the settings.
 
-    def __call__(self, keys: Sequence[str]) -> tuple[list[int], Tensor]:
-        """The folds and, bool on the device, whether held out, of `keys` (B)."""
+        An overfit test holds none out, because all of so few are to be learnt, and by the network, not by the prior.
+        """
+        overfit = bool(config.train.overfit_test_size)
+        return cls(dataset, num_folds, 0.0 if overfit else config.flow.calibration_share, overfit, device)
+
+    def __call__(self, keys: Sequence[str]) -> tuple[list[int | None], Tensor]:
+        """The folds, as `LinearGaussian.mean` takes them, and, bool on the device, whether held out, of `keys` (B)."""
         held = self.dataset.folds(keys, HELD_PARTS) < HELD_PARTS * self.calibration_share
-        return self.dataset.folds(keys, self.num_folds).tolist(), torch.from_numpy(held).to(self.device)
+        folds = self.dataset.folds(keys, self.num_folds).tolist()
+        new = held | self.all_new
+        return [fold if is_new else None for fold, is_new in zip(folds, new, strict=True)], torch.from_numpy(held).to(
+            self.device
+        )
 
 
 def with_dims_of(config: RunConfig, dataset: EmbeddingDataset) -> RunConfig:

@@ -24,7 +24,7 @@ BEST_BY = "energy_score"  # of `sampled`, on the first split: the lower, the bet
 def evaluate_splits(run: Run, max_samples: int | None) -> dict[str, EvalResult]:
     """Generate with the EMA weights (or the current ones, without EMA) and compare.
 
-    The training set, of an overfit test or in place of a held-out one, is guessed as in training, without the image.
+    The training set, of an overfit test or in place of a held-out one, is guessed as new images are.
     """
     config, engine = run.config, run.engine
     model = DiT(config.model)

@@ -40,13 +40,13 @@ def test_the_share_of_images_is_held_out_by_their_names(tmp_path, share):
     assert held.tolist() == [digest(image) % 10_000 < 10_000 * share for image in IMAGES]
     assert held.float().mean().item() == pytest.approx(share, abs=0.02)
     assert held.any() == (share > 0)
-    assert folds == [digest(image) % 5 for image in IMAGES]
+    assert folds == [digest(image) % 5 if out else None for image, out in zip(IMAGES, held.tolist(), strict=True)]
 
 
 def test_images_held_out_are_of_every_fold(tmp_path):
     folds, held = roles_of(tmp_path)(IMAGES)
 
-    shares = torch.bincount(torch.tensor(folds)[held], minlength=5) / torch.bincount(torch.tensor(folds), minlength=5)
+    shares = torch.bincount(torch.tensor([fold for fold in folds if fold is not None]), minlength=5) / held.sum()
     torch.testing.assert_close(shares, torch.full((5,), 0.2), atol=0.06, rtol=0)
 
 
@@ -73,6 +73,7 @@ def test_a_samples_role_does_not_depend_on_the_batch(tmp_path):
     assert torch.equal(other_held, held[order])
 
 
-def test_an_overfit_test_holds_none_out(tmp_path):
-    roles = roles_of(tmp_path, **{"train.overfit_test_size": 20})
-    assert not roles(IMAGES)[1].any()
+def test_an_overfit_test_holds_none_out_and_guesses_all_as_new(tmp_path):
+    folds, held = roles_of(tmp_path, **{"train.overfit_test_size": 20})(IMAGES)
+    assert not held.any()
+    assert folds == [digest(image) % 5 for image in IMAGES]
