@@ -5,6 +5,7 @@ Each part is chosen by name from its table when the flow is built; nothing after
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from blip3o_ds.config import FlowConfig, RunConfig
 from blip3o_ds.flow.path import PATHS, Path
 from blip3o_ds.flow.prediction import LOSS_WEIGHTS, PREDICTIONS, LossWeight, Model, Prediction
-from blip3o_ds.flow.prior import Folds, LinearGaussian
+from blip3o_ds.flow.prior import LinearGaussian
 from blip3o_ds.flow.solvers import SOLVERS
 from blip3o_ds.flow.timesteps import TIMESTEP_LAWS, Timesteps
 from blip3o_ds.settings import choose
@@ -66,7 +67,7 @@ class Flow:
         noise: Tensor,
         t: Tensor,
         drop: Tensor,
-        folds: Folds | None = None,
+        folds: Sequence[int] | None = None,
         held: Tensor | None = None,
     ) -> FlowLoss:
         """Squared error in what the loss weight compares, fp32; `.loss` of the result is the scalar to minimise.

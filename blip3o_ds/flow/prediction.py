@@ -6,7 +6,7 @@ The loss and the solvers see the network only through a `Prediction`, so another
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blip3o_ds.config import FlowConfig
 from blip3o_ds.flow.path import Path, per_sample
-from blip3o_ds.flow.prior import Folds, LinearGaussian
+from blip3o_ds.flow.prior import LinearGaussian
 
 # (x_t, t, eva, drop) -> [B, N, Dc]; in training `held` follows, as `DiT.forward` takes it
 Model = Callable[..., Tensor]
@@ -37,7 +37,7 @@ class Prediction(ABC):
     path: Path
     prior: LinearGaussian
 
-    def guess(self, eva: Tensor, folds: Folds | None) -> Tensor:
+    def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor:
         """What is known of the clean embedding without the network, `[B, N, Dc]`; `folds` as `LinearGaussian.mean`."""
         return eva.new_empty(0)
 
@@ -128,7 +128,7 @@ class GaussianPrediction(Prediction):
     in the image's mean, where s is a hundred times that of fine detail, and few images say what it should be.
     """
 
-    def guess(self, eva: Tensor, folds: Folds | None) -> Tensor:
+    def guess(self, eva: Tensor, folds: Sequence[int] | None) -> Tensor:
         return self.prior.mean(eva, folds)
 
     def start(self, noise: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from blip3o_ds.flow.path import Path, per_sample
 
-Folds = Sequence[int | None]  # of the images of a batch
 NEIGHBOURS = tuple((row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1))
 
 
@@ -86,23 +85,21 @@ class LinearGaussian:
     def num_folds(self) -> int:
         return len(self.fold_weights)
 
-    def mean(self, eva: Tensor, folds: Folds | None = None) -> Tensor:
+    def mean(self, eva: Tensor, folds: Sequence[int] | None = None) -> Tensor:
         """E[clip | eva] `[B, N, Dc]`, for eva `[B, N, De]`.
 
-        `folds` `[B]` are those of the images that count as new: each is predicted by the map that has not seen it,
-        whose error is as large as on new images. None is an image, or are all, for the map that was fitted to all.
+        With `folds` `[B]` each image is predicted by the map without that fold; to the map without its own, an image
+        is a new one.
         """
         features = self.surroundings(eva)
         if folds is None:
             return _affine(features, self.weight)
-        maps = [-1 if fold is None else fold for fold in folds]  # the last is that of all
-        order = sorted(range(len(maps)), key=maps.__getitem__)  # known here, so that the device is asked for nothing
+        order = sorted(range(len(folds)), key=folds.__getitem__)  # known here, so that the device is asked for nothing
         back = sorted(range(len(folds)), key=order.__getitem__)
         sort, unsort = torch.tensor([order, back]).to(features.device, non_blocking=True)
-        present = sorted(set(maps))
-        parts = features[sort].split([maps.count(fold) for fold in present])
-        weights = [self.weight if fold < 0 else self.fold_weights[fold] for fold in present]
-        found = [_affine(part, weight) for weight, part in zip(weights, parts, strict=True)]
+        present = sorted(set(folds))
+        parts = features[sort].split([folds.count(fold) for fold in present])
+        found = [_affine(part, self.fold_weights[fold]) for fold, part in zip(present, parts, strict=True)]
         return torch.cat(found)[unsort]
 
     def standard_eva(self, eva: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ is fp32 whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from blip3o_ds.config import SamplerConfig
 from blip3o_ds.flow.prediction import Model, Point
-from blip3o_ds.flow.prior import Folds
 from blip3o_ds.settings import choose
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def sample(
     eva: Tensor,
     noise: Tensor,
     sampler: SamplerConfig,
-    folds: Folds | None = None,
+    folds: Sequence[int] | None = None,
 ) -> Tensor:
     """CLIP embeddings `[B, N, Dc]` fp32, in the model's space, from eva `[B, N, De]` and standard normal noise.
 
@@ -62,7 +61,7 @@ def sample(
 
 
 @torch.no_grad()
-def posterior_mean(model: Model, flow: Flow, eva: Tensor, noise: Tensor, folds: Folds | None = None) -> Tensor:
+def posterior_mean(model: Model, flow: Flow, eva: Tensor, noise: Tensor, folds: Sequence[int] | None = None) -> Tensor:
     """The model's clean embedding from pure noise, `[B, N, Dc]` fp32: an estimate of E[clip | eva].
 
     It has the least squared error of all outputs and less variety than the data, so it is not a sample of it. `folds`

@@ -27,7 +27,7 @@ from blip3o_ds.runs.folder import BASELINES, NORMALIZER
 
 logger = logging.getLogger(__name__)
 
-HELD_PARTS = 10_000  # the calibration share is counted in these
+HELD_PARTS = 10_000  # of a fold, in which the calibration share is counted
 
 
 def open_train_data(config: RunConfig, bad_samples: BadSamples) -> EmbeddingDataset:
@@ -80,34 +80,31 @@ def prepare_statistics(
 class ImageRoles:
     """What a sample's image is used for: whether it is held out of training, and which map of the prior guesses it.
 
-    The images held out teach only how far the network's output is trusted (`flow.calibration_share`), and count as new.
-    The others are guessed by the map that was fitted to them. Without them, a map's errors on a few photographs are
-    large and particular to each, and a network that learns those is wrong on new ones.
+    The images held out teach only how far the network's output is trusted (`flow.calibration_share`). They are of the
+    first fold, and all images are guessed by the map without that fold: to it and to the network, those held out are
+    new, and the others were seen. Maps that have not seen an image are wrong on each of a few photographs in their own
+    way, and a network that learns that is wrong on new ones.
     """
 
     dataset: EmbeddingDataset
     num_folds: int
     calibration_share: float
-    all_new: bool  # no image is guessed by the map that was fitted to it
+    memorise: bool  # an overfit test: every image is to be learnt, by the network and not by the prior
     device: torch.device
 
     @classmethod
     def of_run(cls, config: RunConfig, dataset: EmbeddingDataset, num_folds: int, device: torch.device) -> ImageRoles:
-        """Those of the settings.
-
-        An overfit test holds none out, because all of so few are to be learnt, and by the network, not by the prior.
-        """
         overfit = bool(config.train.overfit_test_size)
-        return cls(dataset, num_folds, 0.0 if overfit else config.flow.calibration_share, overfit, device)
+        return cls(dataset, num_folds, config.flow.calibration_share, overfit, device)
 
-    def __call__(self, keys: Sequence[str]) -> tuple[list[int | None], Tensor]:
+    def __call__(self, keys: Sequence[str]) -> tuple[list[int], Tensor]:
         """The folds, as `LinearGaussian.mean` takes them, and, bool on the device, whether held out, of `keys` (B)."""
-        held = self.dataset.folds(keys, HELD_PARTS) < HELD_PARTS * self.calibration_share
-        folds = self.dataset.folds(keys, self.num_folds).tolist()
-        new = held | self.all_new
-        return [fold if is_new else None for fold, is_new in zip(folds, new, strict=True)], torch.from_numpy(held).to(
-            self.device
-        )
+        fold = self.dataset.folds(keys, self.num_folds)
+        if self.memorise:
+            return fold.tolist(), torch.zeros(len(keys), dtype=torch.bool, device=self.device)
+        place = self.dataset.folds(keys, self.num_folds * HELD_PARTS) // self.num_folds  # within the fold
+        held = (fold == 0) & (place < self.num_folds * HELD_PARTS * self.calibration_share)
+        return [0] * len(keys), torch.from_numpy(held).to(self.device)
 
 
 def with_dims_of(config: RunConfig, dataset: EmbeddingDataset) -> RunConfig:
