@@ -73,8 +73,9 @@ def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
     figure, grid = _figure(2, 1 + len(splits), width=4.6 * (1 + len(splits)), height=7.6)
     for ax, name in zip(grid[:, 0], ("loss", "velocity_similarity"), strict=True):
         steps, values = zip(*((line["step"], line[name]) for line in train), strict=True)
-        ax.plot(steps, values, color=_COLOURS["posterior_mean"], marker="." if len(train) < 40 else "")
-        ax.set_title(f"train {name}", fontsize=10)
+        ax.plot(steps, values, color=_COLOURS["sampled"], marker="." if len(train) < 40 else "")
+        ax.plot(steps, _moving_mean(values), color=_COLOURS["posterior_mean"])
+        ax.set_title(f"train {name}, and its mean over a tenth of the steps", fontsize=10)
     losses = [line["loss"] for line in train]
     if min(losses) > 0 and max(losses) > _LOG_RATIO * min(losses):
         grid[0][0].set_yscale("log")
@@ -172,6 +173,13 @@ def _evaluation_curves(ax: Axes, lines: list[dict[str, Any]], metric: str, curve
     ax.set_title(f"{lines[0]['split']}: {metric}", fontsize=10)
     if points:
         ax.legend(fontsize=7)
+
+
+def _moving_mean(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those around it, a tenth of all in the middle and fewer towards the ends."""
+    half = len(values) // 20
+    reach = [min(half, place, len(values) - 1 - place) for place in range(len(values))]
+    return [float(np.mean(values[i - r : i + r + 1])) for i, r in enumerate(reach)]
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:

@@ -95,6 +95,19 @@ def test_the_curves_go_through_the_lines_of_the_metrics(drawn, metrics_file, tmp
             assert curves["ridge"] == [[step, pytest.approx(level)] for step in (0, 2, 4)]
 
 
+def test_beside_a_noisy_curve_is_its_mean_over_a_tenth_of_the_steps(drawn, tmp_path):
+    losses = [5 - step / 20 + (-1) ** step for step in range(60)]
+    lines = [{"step": s, "kind": "train", "loss": x, "velocity_similarity": 0.1} for s, x in enumerate(losses)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    plot_training_curve(tmp_path / "metrics.jsonl", tmp_path / "training.png")
+
+    mean = drawn[0].axes[0].lines[1].get_ydata()
+    assert [mean[0], mean[1], mean[30], mean[59]] == pytest.approx(
+        [losses[0], sum(losses[:3]) / 3, sum(losses[27:34]) / 7, losses[59]]
+    )
+
+
 @pytest.mark.parametrize(("losses", "scale"), [((1.0, 0.5), "linear"), ((1.0, 0.01), "log"), ((1.0, 0.0), "linear")])
 def test_the_loss_has_a_log_axis_only_if_it_spans_much(drawn, tmp_path, losses, scale):
     lines = [{"step": s, "kind": "train", "loss": x, "velocity_similarity": 0.1} for s, x in enumerate(losses)]
@@ -113,7 +126,7 @@ def test_evaluations_of_an_older_version_without_the_energy_are_drawn_by_what_th
 
     plot_training_curve(metrics_file, tmp_path / "training.png")
 
-    assert [len(ax.lines) for ax in drawn[0].axes] == [1, 0, 0, 1, len(READINGS), len(READINGS)]
+    assert [len(ax.lines) for ax in drawn[0].axes] == [2, 0, 0, 2, len(READINGS), len(READINGS)]
 
 
 def test_panels_show_the_means_the_bands_and_the_levels(drawn, tmp_path):
