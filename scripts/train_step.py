@@ -38,8 +38,8 @@ class TrainStep:
             clip, noise = (torch.randn(*sizes, config.clip_dim) for _ in range(2))
             eva = torch.randn(*sizes, config.eva_dim, dtype=torch.bfloat16)
             t, drop = torch.rand(batch_size), torch.rand(batch_size) < 0.1
-        folds = [row % FOLDS for row in range(batch_size)]
-        self.batch = clip, eva, noise, t, drop, folds
+            held = torch.rand(batch_size) < 0.01
+        self.batch = clip, eva, noise, t, drop, [0] * batch_size, held
         self.weights = list(model.parameters())
         self.masters = [w.detach().float().requires_grad_() for w in self.weights]
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=device == "cuda")

@@ -66,7 +66,7 @@ class Baselines:
         return replace(self, prior=self.prior.to(device), **moved)
 
     def without_folds(self) -> Baselines:
-        """The same without the maps that only training needs, which are most of it."""
+        """The same without the maps of the folds, which only a run needs, and which are most of it."""
         return replace(self, prior=replace(self.prior, fold_weights=self.prior.fold_weights[:0]))
 
     def save(self, path: str | Path) -> None:

@@ -137,8 +137,8 @@ METRICS = {
     "spread_skill": Metric("spread", lambda c: c.spread_skill(), ideal=1),
     "mean_error": Metric("error", lambda c: c.column("mean_error").mean(), ideal=0),
     # Squared Fréchet distance between the distributions of tokens, and of pooled images, as normal ones (Dowson &
-    # Landau 1982; Heusel et al. 2017). Its bias grows as images get fewer, and favours noise that averages out within
-    # an image; all K samples count, because one an image would be biased twice as much as the true one.
+    # Landau 1982; Heusel et al. 2017). Its bias grows as images and samples get fewer, and favours noise that averages
+    # out within an image; `frechet` is of all K samples, `frechet_pooled` of the first.
     "frechet": Metric("frechet", lambda c: frechet_distance(c.means, c.covariances), ideal=0),
     "frechet_pooled": Metric(None, lambda c: c.frechet_pooled(), ideal=0),
     "coverage": Metric("cover", lambda c: c.coverage(), ideal=1),

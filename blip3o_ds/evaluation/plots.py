@@ -61,9 +61,9 @@ def plot_evaluation(results: dict[str, EvalResult], path: str | Path) -> None:
 def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
     """Curves over the optimizer steps of a `metrics.jsonl`, as a PNG file.
 
-    Training `loss` and `velocity_similarity`, and for each split `energy_score` of the samples and `clip_similarity` of
-    both readings, with the baselines as flat lines. Raises DataError if the file is missing, holds a line that is not
-    JSON, or has no training metrics yet.
+    Training `loss` and `velocity_similarity`, with their moving means, and for each split `energy_score` of the samples
+    and `clip_similarity` of both readings, with the baselines as flat lines. Raises DataError if the file is missing,
+    holds a line that is not JSON, or has no training metrics yet.
     """
     lines = read_metrics(metrics_path)
     train, evaluations = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
@@ -74,8 +74,9 @@ def plot_training_curve(metrics_path: str | Path, path: str | Path) -> None:
     for ax, name in zip(grid[:, 0], ("loss", "velocity_similarity"), strict=True):
         steps, values = zip(*((line["step"], line[name]) for line in train), strict=True)
         ax.plot(steps, values, color=_COLOURS["sampled"], marker="." if len(train) < 40 else "")
-        ax.plot(steps, _moving_mean(values), color=_COLOURS["posterior_mean"])
-        ax.set_title(f"train {name}, and its mean over a tenth of the steps", fontsize=10)
+        ax.plot(steps, _moving_mean(values), color=_COLOURS["posterior_mean"], label="mean of a tenth of the steps")
+        ax.legend(fontsize=7)
+        ax.set_title(f"train {name}", fontsize=10)
     losses = [line["loss"] for line in train]
     if min(losses) > 0 and max(losses) > _LOG_RATIO * min(losses):
         grid[0][0].set_yscale("log")
@@ -177,9 +178,10 @@ def _evaluation_curves(ax: Axes, lines: list[dict[str, Any]], metric: str, curve
 
 def _moving_mean(values: Sequence[float]) -> list[float]:
     """The mean of each value and those around it, a tenth of all in the middle and fewer towards the ends."""
-    half = len(values) // 20
-    reach = [min(half, place, len(values) - 1 - place) for place in range(len(values))]
-    return [float(np.mean(values[i - r : i + r + 1])) for i, r in enumerate(reach)]
+    places = np.arange(len(values))
+    reach = np.minimum(len(values) // 20, np.minimum(places, places[::-1]))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return ((sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)).tolist()
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:

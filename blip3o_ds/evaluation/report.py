@@ -77,7 +77,7 @@ def evaluate(
     images are fewer, they are spread over the dataset.
 
     Images that the prior was fitted to are guessed as new ones, each by the map of those `num_folds` that has not seen
-    it; with 0 they are new, and guessed by the map of all.
+    it; with 0 all count as new, and are guessed by the map of all.
 
     Each rank takes every `world_size`-th image, `gather` collects their sums, and every rank returns the whole result.
     Some ranks run the model once more than others, so its forward pass must not communicate.

@@ -231,7 +231,8 @@ LossWeight = Callable[[Prediction, Tensor, Tensor, Point], tuple[Tensor, Tensor]
 def posterior_weight(prediction: Prediction, output: Tensor, target: Tensor, point: Point) -> tuple[Tensor, Tensor]:
     """The error of the clean embedding, divided by what the linear-Gaussian prior leaves of it at this t.
 
-    So the loss is 1 at every t for a network that knows no more than the prior, and every t counts alike.
+    So the loss is 1 at every t for a network that knows no more than the prior, of images new to both, and every t
+    counts alike.
     """
     scale = prediction.prior.left_open(prediction.path, point.t).rsqrt()  # t < 1, so something is left
     scale = per_sample(scale)

@@ -106,6 +106,7 @@ class Gain(nn.Module):
     else, the others all else, so it becomes the least-squares one on images that the network has not seen.
     """
 
+    BOUNDS = (0.0, 1.0)  # to which the optimizer clamps its values
     KNOTS = 9  # over t from 0 to 1
     RATE = 10.0  # times the learning rate: Adam moves a number by about the rate in a step, and this one is near 1
 
@@ -120,20 +121,11 @@ class Gain(nn.Module):
         """
         place = timesteps.float() * (self.KNOTS - 1)
         left = place.long().clamp(0, self.KNOTS - 2)
-        value = self._bounded()
+        value = self.value.float()
         factor = torch.lerp(value[left], value[left + 1], place - left).to(out.dtype)[:, None, None]
         if held is None:
             return factor * out
         return torch.where(held[:, None, None], factor * out.detach(), out)
-
-    def _bounded(self) -> Tensor:
-        """The values from 0 to 1. Beyond, only a gradient that leads back passes: they never go far, nor stay there."""
-        value = self.value.float()
-        bounded = value + (value.clamp(0, 1) - value).detach()
-        if bounded.requires_grad:
-            value = value.detach()
-            bounded.register_hook(lambda g: g.masked_fill((value >= 1) & (g < 0) | (value <= 0) & (g > 0), 0.0))
-        return bounded
 
 
 class TimestepEmbedding(nn.Module):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +24,7 @@ from blip3o_ds.data.normalization import Normalizer
 from blip3o_ds.data.reading.bad_samples import BadSamples
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.errors import ConfigError
+from blip3o_ds.flow.prior import LinearGaussian
 from blip3o_ds.runs.folder import BASELINES, NORMALIZER
 
 logger = logging.getLogger(__name__)
@@ -81,8 +83,8 @@ class ImageRoles:
     """What a sample's image is used for: whether it is held out of training, and which map of the prior guesses it.
 
     The images held out teach only how far the network's output is trusted (`flow.calibration_share`). They are of the
-    first fold, and all images are guessed by the map without that fold: to it and to the network, those held out are
-    new, and the others were seen. Maps that have not seen an image are wrong on each of a few photographs in their own
+    first fold and guessed by the map without it: to it and to the network they are new. Others of the fit are guessed
+    by a map that has seen them. Maps that have not seen an image are wrong on each of a few photographs in their own
     way, and a network that learns that is wrong on new ones.
     """
 
@@ -93,9 +95,20 @@ class ImageRoles:
     device: torch.device
 
     @classmethod
-    def of_run(cls, config: RunConfig, dataset: EmbeddingDataset, num_folds: int, device: torch.device) -> ImageRoles:
-        overfit = bool(config.train.overfit_test_size)
-        return cls(dataset, num_folds, config.flow.calibration_share, overfit, device)
+    def of_run(
+        cls, config: RunConfig, dataset: EmbeddingDataset, prior: LinearGaussian, device: torch.device
+    ) -> ImageRoles:
+        """Those of the settings; ConfigError for a share that is more than a fold."""
+        share, overfit = config.flow.calibration_share, bool(config.train.overfit_test_size)
+        if share * prior.num_folds > 1:
+            raise ConfigError(
+                f"flow.calibration_share = {share} is more than one of the {prior.num_folds} folds of the images; "
+                f"set it to at most {1 / prior.num_folds:g}"
+            )
+        if share and not overfit and torch.equal(prior.fold_weights[0], prior.weight):
+            logger.warning("no image is held out to teach how far the output is trusted: there are too few images")
+            share = 0.0
+        return cls(dataset, prior.num_folds, share, overfit, device)
 
     def __call__(self, keys: Sequence[str]) -> tuple[list[int], Tensor]:
         """The folds, as `LinearGaussian.mean` takes them, and, bool on the device, whether held out, of `keys` (B)."""
@@ -104,7 +117,7 @@ class ImageRoles:
             return fold.tolist(), torch.zeros(len(keys), dtype=torch.bool, device=self.device)
         place = self.dataset.folds(keys, self.num_folds * HELD_PARTS) // self.num_folds  # within the fold
         held = (fold == 0) & (place < self.num_folds * HELD_PARTS * self.calibration_share)
-        return [0] * len(keys), torch.from_numpy(held).to(self.device)
+        return np.where((fold == 0) & ~held, 1, 0).tolist(), torch.from_numpy(held).to(self.device)
 
 
 def with_dims_of(config: RunConfig, dataset: EmbeddingDataset) -> RunConfig:

@@ -53,8 +53,20 @@ def build_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},  # norms, biases
     ]
     if gains:
-        groups.append({"params": gains, "weight_decay": 0.0, "lr": train.learning_rate * Gain.RATE})
-    return OPTIMIZERS[train.optimizer](groups, train, fused)
+        rate = train.learning_rate * Gain.RATE
+        groups.append({"params": gains, "weight_decay": 0.0, "lr": rate, "bounds": Gain.BOUNDS})
+    optimizer = OPTIMIZERS[train.optimizer](groups, train, fused)
+    optimizer.register_step_post_hook(keep_within_bounds)
+    return optimizer
+
+
+@torch.no_grad()
+def keep_within_bounds(optimizer: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
+    """Clamp the weights of every group with `bounds`, after a step; under ZeRO they are the fp32 ones of this rank."""
+    for group in optimizer.param_groups:
+        if "bounds" in group:
+            for weight in group["params"]:
+                weight.clamp_(*group["bounds"])
 
 
 def learning_rate_factor(step: int, train: TrainConfig, total_steps: int) -> float:

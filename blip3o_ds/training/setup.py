@@ -88,7 +88,7 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
             config = keep_global_batch(config, folder, world_size)
         normalizer, baselines = prepare_statistics(config, dataset, folder, rank, device)
         flow = Flow.from_config(config.flow, baselines.prior.to(device))
-        roles = ImageRoles.of_run(config, dataset, baselines.prior.num_folds, device)
+        roles = ImageRoles.of_run(config, dataset, baselines.prior, device)
         splits = open_eval_data(config, dataset, bad_samples)
 
         total_steps = count_steps(config, len(dataset), config.train.global_batch(world_size))

@@ -1,4 +1,4 @@
-"""The gain: who teaches it, that it stays between 0 and 1 and comes back from there, and in which dtype it works."""
+"""The gain: who teaches it, what it learns, and in which dtype it works."""
 
 from __future__ import annotations
 
@@ -73,20 +73,7 @@ def test_samples_held_out_teach_the_gain_alone_and_the_others_the_network_alone(
     assert not gradients(torch.ones(B, dtype=torch.bool), target)[1].any()
 
 
-@pytest.mark.parametrize(("value", "factor"), [(-0.3, 0.0), (0.0, 0.0), (0.4, 0.4), (1.0, 1.0), (1.7, 1.0)])
-@pytest.mark.parametrize("rises", [True, False])
-def test_it_acts_as_clamped_and_learns_at_the_bounds_only_what_leads_back(value, factor, rises):
-    gain, out = gain_of(value), torch.ones(B, 4, 3)
-    scaled = gain(out, TIMES, torch.ones(B, dtype=torch.bool))
-    torch.testing.assert_close(scaled, torch.full_like(out, factor))
-
-    (scaled.sum() * (-1 if rises else 1)).backward()
-
-    blocked = value >= 1 if rises else value <= 0
-    assert gain.value.grad.sum().abs() == pytest.approx(0.0 if blocked else out.sum().item())
-
-
-@pytest.mark.parametrize("start", [-0.2, 0.9, 1.2])
+@pytest.mark.parametrize("start", [0.0, 0.9, 1.0])
 def test_it_learns_the_factor_that_is_best_on_samples_held_out(start):
     """At t = 0 the network says four times what is so, at t = 1 a fifth too much; of the sample learnt it is right."""
     gain, held = gain_of(start), torch.tensor([True, True, False])

@@ -1,4 +1,4 @@
-"""What the image of a training sample is used for: its fold, and whether it is held out to teach the gain."""
+"""What the image of a training sample is used for: which map guesses it, and whether it is held out for the gain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
+from blip3o_ds.errors import ConfigError
 from blip3o_ds.training.datasets import ImageRoles
+from tests.flows import random_prior
 from tests.training.conftest import small_config
 
 CPU = torch.device("cpu")
@@ -25,7 +27,7 @@ def roles_of(folder: Path, share: float = 0.2, separator: str | None = None, **s
     with DatasetWriter(folder, spec) as writer:
         writer.write("a", {"eva": torch.zeros(1, 2), "clip": torch.zeros(1, 2)}, {})
     config = small_config(2, **{"flow.calibration_share": share}, **settings)
-    return ImageRoles.of_run(config, EmbeddingDataset(folder), 5, CPU)
+    return ImageRoles.of_run(config, EmbeddingDataset(folder), random_prior(4, 2, 2, folds=5), CPU)
 
 
 def digest(image: str) -> int:
@@ -34,7 +36,7 @@ def digest(image: str) -> int:
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2])
 def test_the_share_of_images_is_held_out_by_their_names(tmp_path, share):
-    folds, held = roles_of(tmp_path, share)(IMAGES)
+    held = roles_of(tmp_path, share)(IMAGES)[1]
 
     assert held.dtype == torch.bool
     assert held.tolist() == [
@@ -42,26 +44,40 @@ def test_the_share_of_images_is_held_out_by_their_names(tmp_path, share):
     ]
     assert held.float().mean().item() == pytest.approx(share, abs=0.02)
     assert held.any() == (share > 0)
-    assert folds == [0] * len(IMAGES)
 
 
-def test_images_held_out_are_new_to_the_map_that_guesses_all(tmp_path):
-    roles = roles_of(tmp_path, 0.1)
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.2])
+def test_images_held_out_are_new_to_the_map_that_guesses_them_and_the_others_are_not(tmp_path, share):
+    roles = roles_of(tmp_path, share)
     folds, held = roles(IMAGES)
 
-    own = roles.dataset.folds(IMAGES, 5)
-    assert all(own[i] == folds[i] for i in held.nonzero()[:, 0])
-    assert (own == 0).sum() > held.sum() > 0  # a part of the fold
+    own = roles.dataset.folds(IMAGES, 5).tolist()
+    assert [fold == of_map for fold, of_map in zip(own, folds, strict=True)] == held.tolist()
+    assert held.any()
+
+
+def test_a_share_above_a_fold_is_an_error_that_says_what_to_set(tmp_path):
+    with pytest.raises(ConfigError, match=r"calibration_share = 0.3 is more than one of the 5 folds.*at most 0.2"):
+        roles_of(tmp_path, 0.3)
+
+
+def test_where_all_images_are_of_one_fold_none_is_held_out_with_a_warning(tmp_path, caplog):
+    roles = roles_of(tmp_path)
+    prior = random_prior(4, 2, 2, folds=5)
+    alike = replace(prior, fold_weights=prior.weight.expand_as(prior.fold_weights))
+    found = ImageRoles.of_run(small_config(2, **{"flow.calibration_share": 0.2}), roles.dataset, alike, CPU)
+
+    assert "no image is held out" in caplog.text
+    assert not found(IMAGES)[1].any()
 
 
 def test_the_views_of_an_image_have_one_role(tmp_path):
     images, views = IMAGES[:200], range(3)
     keys = [f"{image}_{view:04d}" for image in images for view in views]
 
-    folds, held = roles_of(tmp_path / "together", separator="_")(keys)
+    held = roles_of(tmp_path / "together", separator="_")(keys)[1]
     apart = roles_of(tmp_path / "apart")(keys)[1]
 
-    assert all(len(set(folds[start : start + 3])) == 1 for start in range(0, len(keys), 3))
     assert held.tolist() == [digest(image) % 5 == 0 for image in images for _ in views]
     assert (apart.unflatten(0, (-1, 3)).float().mean(1) % 1 > 0).any()  # without a separator each is its own image
 

@@ -44,3 +44,18 @@ def test_the_gain_learns_faster_than_the_others_and_keeps_its_ratio_under_the_sc
 def test_a_model_without_a_gain_has_no_group_for_it():
     groups = build_optimizer(nn.Linear(3, 2), TRAIN, fused=False).param_groups
     assert [[p.ndim for p in group["params"]] for group in groups] == [[2], [1]]
+
+
+def test_the_gain_stays_between_its_bounds_and_comes_back_at_once():
+    model = DiT(small_config(2).model)
+    optimizer = build_optimizer(model, TRAIN, fused=False)
+    for outward, steps in ((True, 50), (False, 3)):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            factor = -1 if outward else 100
+            (factor * model.gain.value.sum()).backward()
+            optimizer.step()
+        if outward:
+            assert model.gain.value.tolist() == [1.0] * Gain.KNOTS
+
+    assert (model.gain.value < 1).all()

@@ -191,7 +191,7 @@ def test_a_flat_loss_with_healthy_gradients_means_capacity(seed):
     wide = verdict(lines(noisy(FLAT, seed)), settings=("model.clip_dim=200",))
 
     assert (narrow.cause, narrow.advice) == ("capacity", "--set model.hidden_size=320")
-    assert (wide.cause, wide.advice) == ("capacity", "more layers: --set model.num_layers=8")
+    assert (wide.cause, wide.advice) == ("capacity", "more layers: --set model.num_layers=4")
     assert "hidden_size 256 for embeddings 320 wide" in narrow.finding
     assert narrow.evidence["num_parameters"] > 1e6
 
@@ -294,7 +294,7 @@ def test_an_untrained_network_is_the_priors_guess_without_the_image(run):
 def test_what_was_memorised_is_perfect_only_with_the_guess_that_training_had(run):
     prior = run.baselines.prior
     batch, guess = guessed_without_themselves(run)
-    known = prior.tokens.T @ (prior.to_modes(batch["clip"] - guess) / prior.std)  # the output at t = 0 in training
+    known = prior.tokens.T @ (prior.to_modes(batch["clip"] - guess) / prior.rms)  # the output at t = 0 in training
     eva = prior.standard_eva(batch["eva"])
 
     def memorised(x, t, condition, drop):
