@@ -201,9 +201,10 @@ class MetricAccumulator:
         mean = self._mean.to(device)
         dtype = torch.promote_types(torch.promote_types(samples.dtype, target.dtype), torch.float32)
         samples, target = samples.to(dtype), target.to(dtype)
-        deviations = torch.stack([samples[0], target]) - mean.to(dtype)  # [2, B, N, D]
+        *centred, true = (x - mean.to(dtype) for x in (*samples, target))
+        self._add_moments(centred, true)
+        deviations = torch.stack([centred[0], true])  # [2, B, N, D]
         means = deviations.mean(dim=2, dtype=torch.float64)
-        self._add_moments([one - mean.to(dtype) for one in samples], deviations[1])
 
         rounding = CENTRING_TOLERANCE * mean.norm()
         columns = {**score_samples(samples, target), **_similarities(samples[0], target)}
