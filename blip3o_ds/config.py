@@ -93,7 +93,10 @@ class FlowConfig(Section):
         table=f"{FLOW}.timesteps:TIMESTEP_LAWS",
     )
     calibration_share: float = setting(
-        0.01, "share of the images (at most 0.2) that teach only how far the output is trusted on new ones", ge=0, lt=1
+        0.01,
+        "share of the images, of one of the five folds, that teach only how far the output is trusted on new ones",
+        ge=0,
+        le=0.2,
     )
     noise_share: float = setting(0.5, "share of the training samples at t = 0, for the posterior mean", ge=0, lt=1)
     logit_mean: float = setting(0.0, "mean of logit(t), for logit_normal")

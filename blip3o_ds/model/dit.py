@@ -51,7 +51,7 @@ class DiT(nn.Module):
         block = TokenBlock if config.attention == "none" else Block
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.clip_out = layers.zero_projection(D, config.clip_dim)
-        self.gain = layers.Gain()
+        self.calibration = layers.Calibration()
 
     def forward(
         self,
@@ -68,7 +68,8 @@ class DiT(nn.Module):
             timesteps: `[B]` in [0, 1], 0 is noise and 1 is data; fp32, whatever the model's dtype.
             eva: `[B, N, De]`.
             drop: `[B]` bool, True for samples that must not see their condition; None if all see it.
-            held: `[B]` bool, in training: True for samples that only teach how far the output is trusted (`Gain`).
+            held: `[B]` bool, in training: True for samples that teach the `Calibration` alone, False for those that
+                teach all else; None if all teach both.
 
         Raises ValueError, naming the argument, if a shape does not fit the configuration.
         """
@@ -86,7 +87,7 @@ class DiT(nn.Module):
             inputs = (residual, x, condition, timestep, rope)
             residual, x = checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
 
-        return self.gain(self.clip_out(x), timesteps, held)
+        return self.calibration(self.clip_out(x), noisy_clip, timesteps, held)
 
     @property
     def dtype(self) -> torch.dtype:

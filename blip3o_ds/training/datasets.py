@@ -82,7 +82,7 @@ def prepare_statistics(
 class ImageRoles:
     """What a sample's image is used for: whether it is held out of training, and which map of the prior guesses it.
 
-    The images held out teach only how far the network's output is trusted (`flow.calibration_share`). They are of the
+    The images held out teach the network's `Calibration` alone (`flow.calibration_share`). They are of the
     first fold and guessed by the map without it: to it and to the network they are new. Others of the fit are guessed
     by a map that has seen them. Maps that have not seen an image are wrong on each of a few photographs in their own
     way, and a network that learns that is wrong on new ones.
@@ -98,23 +98,18 @@ class ImageRoles:
     def of_run(
         cls, config: RunConfig, dataset: EmbeddingDataset, prior: LinearGaussian, device: torch.device
     ) -> ImageRoles:
-        """Those of the settings; ConfigError for a share that is more than a fold."""
+        """Those of the settings."""
         share, overfit = config.flow.calibration_share, bool(config.train.overfit_test_size)
-        if share * prior.num_folds > 1:
-            raise ConfigError(
-                f"flow.calibration_share = {share} is more than one of the {prior.num_folds} folds of the images; "
-                f"set it to at most {1 / prior.num_folds:g}"
-            )
         if share and not overfit and torch.equal(prior.fold_weights[0], prior.weight):
             logger.warning("no image is held out to teach how far the output is trusted: there are too few images")
             share = 0.0
         return cls(dataset, prior.num_folds, share, overfit, device)
 
-    def __call__(self, keys: Sequence[str]) -> tuple[list[int], Tensor]:
-        """The folds, as `LinearGaussian.mean` takes them, and, bool on the device, whether held out, of `keys` (B)."""
+    def __call__(self, keys: Sequence[str]) -> tuple[list[int], Tensor | None]:
+        """The folds of `keys` (B), as `LinearGaussian.mean` takes them, and `held` as `DiT.forward` does."""
         fold = self.dataset.folds(keys, self.num_folds)
         if self.memorise:
-            return fold.tolist(), torch.zeros(len(keys), dtype=torch.bool, device=self.device)
+            return fold.tolist(), None
         place = self.dataset.folds(keys, self.num_folds * HELD_PARTS) // self.num_folds  # within the fold
         held = (fold == 0) & (place < self.num_folds * HELD_PARTS * self.calibration_share)
         return np.where((fold == 0) & ~held, 1, 0).tolist(), torch.from_numpy(held).to(self.device)

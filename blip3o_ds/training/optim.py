@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from blip3o_ds.config import TrainConfig
-from blip3o_ds.model.layers import Gain
+from blip3o_ds.model.layers import Calibration
 from blip3o_ds.settings import choose
 
 # (progress after the warm-up, 0 to 1; `train.min_lr_ratio`) -> share of `train.learning_rate`
@@ -46,15 +46,18 @@ def check_names(train: TrainConfig) -> None:
 
 def build_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
     """The optimizer of `train.optimizer`, with weight decay on matrices only."""
-    gains = [p for m in model.modules() if isinstance(m, Gain) for p in m.parameters()]
-    others = [p for p in model.parameters() if not any(p is gain for gain in gains)]
+    calibrations = [module for module in model.modules() if isinstance(module, Calibration)]
+    calibrated = {id(p) for module in calibrations for p in module.parameters()}
+    others = [p for p in model.parameters() if id(p) not in calibrated]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},  # norms, biases
     ]
-    if gains:
-        rate = train.learning_rate * Gain.RATE
-        groups.append({"params": gains, "weight_decay": 0.0, "lr": rate, "bounds": Gain.BOUNDS})
+    for module in calibrations:
+        betas = (train.adam_beta1, Calibration.MEMORY)
+        fast = {"weight_decay": 0.0, "lr": train.learning_rate * Calibration.RATE, "betas": betas}
+        groups.append({"params": [module.gain], **fast, "bounds": Calibration.GAIN_BOUNDS})
+        groups.append({"params": [module.narrowing], **fast})
     optimizer = OPTIMIZERS[train.optimizer](groups, train, fused)
     optimizer.register_step_post_hook(keep_within_bounds)
     return optimizer

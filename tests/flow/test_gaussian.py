@@ -6,6 +6,7 @@ All that is compared with is the textbook: for x ~ N(m, C) and x_t = alpha x + s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +123,19 @@ def test_a_network_of_zeros_samples_the_prior_in_any_number_of_steps(solver, ste
 
     expected = PRIOR.sample(PRIOR.mean(eva), PRIOR.to_modes(noise))  # the noise is that of the embeddings
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@paths
+@pytest.mark.parametrize("narrowing", [0.5, -0.25])
+def test_a_network_that_takes_a_share_of_its_input_away_narrows_every_mode_alike(narrowing, path):
+    """The closed form in the docstring of `Calibration`, which the solver reaches with many steps."""
+    flow, noise, eva = build(path=path), normal(5, N, CLIP), normal(5, N, EVA)
+    sampler = SamplerConfig(steps=400, solver="heun")
+
+    found = sample(lambda x, t, eva, drop: -narrowing * x, flow, eva, noise, sampler)
+
+    expected = PRIOR.sample(PRIOR.mean(eva), math.exp(-narrowing) * PRIOR.to_modes(noise))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=["linear", "cosine"])

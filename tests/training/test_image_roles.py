@@ -1,4 +1,4 @@
-"""What the image of a training sample is used for: which map guesses it, and whether it is held out for the gain."""
+"""What a training sample's image is used for: which map guesses it, and whether it is held out for the calibration."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from blip3o_ds.baselines.fit import FOLDS
+from blip3o_ds.config import FlowConfig
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.writer import DatasetWriter
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.errors import ConfigError
 from blip3o_ds.training.datasets import ImageRoles
 from tests.flows import random_prior
 from tests.training.conftest import small_config
@@ -56,9 +58,10 @@ def test_images_held_out_are_new_to_the_map_that_guesses_them_and_the_others_are
     assert held.any()
 
 
-def test_a_share_above_a_fold_is_an_error_that_says_what_to_set(tmp_path):
-    with pytest.raises(ConfigError, match=r"calibration_share = 0.3 is more than one of the 5 folds.*at most 0.2"):
-        roles_of(tmp_path, 0.3)
+def test_a_share_above_a_fold_is_refused_before_anything_is_fitted():
+    FlowConfig(calibration_share=1 / FOLDS)
+    with pytest.raises(ValidationError, match=r"calibration_share\n.*less than or equal to 0.2"):
+        FlowConfig(calibration_share=1 / FOLDS + 0.01)
 
 
 def test_where_all_images_are_of_one_fold_none_is_held_out_with_a_warning(tmp_path, caplog):
@@ -93,7 +96,7 @@ def test_a_samples_role_does_not_depend_on_the_batch(tmp_path):
     assert torch.equal(other_held, held[order])
 
 
-def test_an_overfit_test_holds_none_out_and_guesses_all_as_new(tmp_path):
+def test_in_an_overfit_test_all_images_teach_everything_and_are_guessed_as_new(tmp_path):
     folds, held = roles_of(tmp_path, **{"train.overfit_test_size": 20})(IMAGES)
-    assert not held.any()
+    assert held is None
     assert folds == [digest(image) % 5 for image in IMAGES]
