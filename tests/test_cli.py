@@ -33,6 +33,7 @@ def trained(tmp_path_factory) -> Path:
     write_embeddings(folder / "wide", 2, eva_dim=16)
     settings = {"train.max_steps": 4, "train.save_every": 2, "train.precision": "fp32"}
     extra = ["--set", f"data.eval_dirs=[{folder / 'held'}]", "--set", "train.learning_rate=0.01"]
+    extra += ["--set", "flow.cond_dropout=0.1"]  # for guidance
     command = train_command(folder / "train", folder / "runs", None, settings, extra)
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -99,6 +99,10 @@ class PlannedRun:
         """The run's folder, if it has begun."""
         return next(reversed(find_runs(self.folder)), None)
 
+    def trains_as(self, other: PlannedRun) -> bool:
+        """Whether the two differ at most in how they are evaluated."""
+        return _training_settings(self.config) == _training_settings(other.config)
+
 
 def load_matrix(path: Path, train: str | None = None, evals: Sequence[str] = ()) -> Matrix:
     """Read a matrix file; `train` and `evals` replace its data. A ConfigError names the file and the field."""
@@ -190,6 +194,11 @@ def _check(matrix: Matrix) -> None:
                     f"variants.{variant}: {name} is {value} here and {expected[name]} in {first!r}; all variants have "
                     "one budget, which is set in `common`"
                 )
+
+
+def _training_settings(config: RunConfig) -> dict[str, Any]:
+    settings = flatten(config.model_dump())
+    return {name: v for name, v in settings.items() if not name.startswith("eval.") and name != "train.output_dir"}
 
 
 def _budget(config: RunConfig) -> dict[str, Any]:

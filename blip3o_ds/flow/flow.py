@@ -16,7 +16,7 @@ from blip3o_ds.config import FlowConfig, RunConfig
 from blip3o_ds.flow.path import PATHS, Path
 from blip3o_ds.flow.prediction import LOSS_WEIGHTS, PREDICTIONS, LossWeight, Model, Prediction
 from blip3o_ds.flow.prior import LinearGaussian
-from blip3o_ds.flow.solvers import SOLVERS
+from blip3o_ds.flow.solvers import SOLVERS, check_guidance
 from blip3o_ds.flow.timesteps import TIMESTEP_LAWS, Timesteps
 from blip3o_ds.settings import choose
 from blip3o_kernels import FlowLoss, flow_matching_loss
@@ -82,13 +82,14 @@ class Flow:
 
 
 def check_flow(config: RunConfig) -> None:
-    """ConfigError, with what is valid, for a part of the flow or a solver that is in no table."""
+    """ConfigError, with what is valid, for a part of the flow or a solver in no table, or guidance without dropout."""
     flow = config.flow
     choose(PATHS, flow.path, "flow.path")
     choose(PREDICTIONS, flow.prediction, "flow.prediction")
     choose(TIMESTEP_LAWS, flow.timestep_law, "flow.timestep_law")
     choose(LOSS_WEIGHTS, flow.loss_weight, "flow.loss_weight")
     choose(SOLVERS, config.eval.sampler.solver, "eval.sampler.solver")
+    check_guidance(config.eval.sampler, flow.cond_dropout)
 
 
 def spread_uniforms(seed: int, positions: Tensor, stream: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blip3o_ds.config import SamplerConfig
+from blip3o_ds.errors import ConfigError
 from blip3o_ds.flow.prediction import Model, Point
 from blip3o_ds.settings import choose
 
@@ -38,9 +39,10 @@ def sample(
     """CLIP embeddings `[B, N, Dc]` fp32, in the model's space, from eva `[B, N, De]` and standard normal noise.
 
     `noise` is `[B, N, Dc]`, on the model's device; `folds` as `LinearGaussian.mean` takes them. Raises ConfigError if
-    there is no solver of that name.
+    there is no solver of that name, or for guidance of a model that was trained with no `cond_dropout`.
     """
     step = choose(SOLVERS, sampler.solver, "eval.sampler.solver")
+    check_guidance(sampler, flow.cond_dropout)
     prediction, guess = flow.prediction, flow.prediction.guess(eva, folds)
 
     def slope(x: Tensor, time: float) -> Tensor:
@@ -58,6 +60,15 @@ def sample(
     for start, end in pairwise(flow.timesteps.schedule(sampler.steps)):
         x = step(slope, advance, x, start, end)
     return prediction.finish(Point(x, _scalar(1.0, x), guess))
+
+
+def check_guidance(sampler: SamplerConfig, cond_dropout: float) -> None:
+    """ConfigError if a network that never learnt to do without its condition is to be asked what it says without."""
+    if sampler.guidance_scale != 1.0 and not cond_dropout:
+        raise ConfigError(
+            f"eval.sampler.guidance_scale = {sampler.guidance_scale:g} needs a model trained with flow.cond_dropout "
+            "above 0, and it is 0; set the scale to 1, or train with a dropout"
+        )
 
 
 @torch.no_grad()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +29,10 @@ from blip3o_ds.errors import CheckpointError, ConfigError, TrainingError
 from blip3o_ds.evaluation.matrix import Matrix, PlannedRun, check_unchanged, is_finished, overrides, plan_runs
 from blip3o_ds.evaluation.matrix_report import write_report
 from blip3o_ds.evaluation.matrix_results import Bench, read_result
+from blip3o_ds.evaluation.plots import read_metrics
 from blip3o_ds.files import FileLock, atomic_write_json, read_json
 from blip3o_ds.progress import format_duration
-from blip3o_ds.runs.folder import CHECKPOINTS
+from blip3o_ds.runs.folder import CHECKPOINTS, FINAL_SUMMARY, METRICS, RUN_CONFIG, TENSORBOARD, read_run_config
 from blip3o_ds.training.datasets import open_eval_data, open_train_data
 from blip3o_ds.training.launch import free_port
 from blip3o_ds.training.optim import check_names
@@ -49,11 +52,14 @@ class Task:
     steps: int  # of the whole run
     done: int  # of its newest checkpoint
     finished: bool
+    trained: PlannedRun | None  # a run before it that differs in its evaluation alone, so that one training serves both
 
     @property
     def state(self) -> str:
         if self.finished:
             return "finished"
+        if self.trained:
+            return f"an evaluation of {self.trained.name}"
         return f"{self.steps} steps" + (f", from {self.done}" if self.done else "")
 
 
@@ -76,7 +82,7 @@ def plan_tasks(matrix: Matrix, out: Path, processes: int) -> list[Task]:
         dataset = open_train_data(run.config, BadSamples())
         open_eval_data(run.config, dataset, BadSamples())
         steps[run.variant] = count_steps(run.config, len(dataset), run.config.train.global_batch(processes))
-    return [_task(run, steps[run.variant]) for run in runs]
+    return [_task(run, steps[run.variant], runs[:number]) for number, run in enumerate(runs)]
 
 
 def run_matrix(matrix: Matrix, out: Path, processes: int, command: str) -> dict[str, Any]:
@@ -92,6 +98,8 @@ def run_matrix(matrix: Matrix, out: Path, processes: int, command: str) -> dict[
         results = []
         for number, task in enumerate(tasks, start=1):
             logger.info("[%d/%d] %s: %s, log in %s", number, len(tasks), task.run.name, task.state, task.run.log)
+            if task.trained and not task.run.find():
+                _copy_training(task.trained, task.run)
             error = None if task.finished else _make(matrix, task.run, processes)
             results.append(read_result(task.run, error))
         bench = Bench(matrix, results)
@@ -119,13 +127,38 @@ def describe_machine() -> dict[str, Any]:
     return {"machine": {"cpu": _cpu_model(), "cores": _cores(), "gpus": gpus}, "versions": package_versions()}
 
 
-def _task(run: PlannedRun, steps: int) -> Task:
+def _task(run: PlannedRun, steps: int, before: Sequence[PlannedRun]) -> Task:
     run_dir = run.find()
     if run_dir is None:
-        return Task(run, steps, 0, False)
+        trained = next((other for other in before if other.trains_as(run)), None)
+        return Task(run, steps, steps if trained else 0, False, trained)
     checkpoints = sorted((run_dir / CHECKPOINTS).glob("step_*"))
     done = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
-    return Task(run, steps, done, is_finished(run_dir))
+    return Task(run, steps, done, is_finished(run_dir), None)
+
+
+def _copy_training(source: PlannedRun, run: PlannedRun) -> None:
+    """Make the folder of `run` that of `source` at the end of its training, so that resuming it evaluates it.
+
+    Checkpoints are never written to, so they are linked. The evaluations on the way were other ones, and are left out.
+    If the training failed, `run` has its own.
+    """
+    run_dir = source.find()
+    if run_dir is None or not is_finished(run_dir):
+        return
+    unfinished = run.folder / f".{run_dir.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(
+        run_dir, unfinished, ignore=shutil.ignore_patterns(CHECKPOINTS, FINAL_SUMMARY, METRICS, TENSORBOARD)
+    )
+    shutil.copytree(run_dir / CHECKPOINTS, unfinished / CHECKPOINTS, copy_function=os.link)
+    lines = [json.dumps(line) + "\n" for line in read_metrics(run_dir / METRICS) if line["kind"] != "eval"]
+    (unfinished / METRICS).write_text("".join(lines), encoding="utf-8")
+    _, content = read_run_config(run_dir)
+    content["config"]["eval"] = run.config.model_dump(mode="json")["eval"]
+    content["config"]["train"]["output_dir"] = str(run.folder)
+    atomic_write_json(unfinished / RUN_CONFIG, content)
+    unfinished.rename(run.folder / run_dir.name)
 
 
 def _make(matrix: Matrix, run: PlannedRun, processes: int) -> str | None:

@@ -50,7 +50,7 @@ def write_run(
 ) -> Path:
     """The folder of a run on two processes; every metric of every reading is `value`, and half of it at step 2."""
     run_dir = folder / "clip_repro_20260101_000000"
-    run_dir.mkdir(parents=True)
+    (run_dir / "checkpoints").mkdir(parents=True)
     config = run.config.model_dump(mode="json")
     config["model"]["eva_dim"] = 12  # as the data has it
     atomic_write_json(run_dir / "experiment_config.json", {"config": config, "world_size": 2, "git": "abc"})

@@ -172,6 +172,13 @@ def test_a_name_that_is_unknown_is_an_error_that_lists_what_is_valid(settings, n
         assert named in str(raised.value)
 
 
+def test_guidance_without_dropout_is_refused_before_training():
+    config = {"flow": {"cond_dropout": 0}, "eval": {"sampler": {"guidance_scale": 2}}}
+    with pytest.raises(ConfigError, match=r"guidance_scale = 2 needs a model trained with flow.cond_dropout above 0"):
+        check_flow(build_run_config(config))
+    check_flow(build_run_config({**config, "flow": {"cond_dropout": 0.1}}))
+
+
 def test_training_refuses_an_unknown_name_before_it_opens_anything():
     from blip3o_ds.training.loop import train  # imports DeepSpeed, which takes seconds
 

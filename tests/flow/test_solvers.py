@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blip3o_ds.config import FlowConfig, SamplerConfig
+from blip3o_ds.errors import ConfigError
 from blip3o_ds.flow.flow import Flow
 from blip3o_ds.flow.solvers import posterior_mean, sample
 from tests.flows import random_prior
@@ -117,6 +118,12 @@ def test_guidance_extrapolates_from_unconditional_to_conditional(scale, clean):
     torch.testing.assert_close(out, torch.full_like(out, clean), atol=1e-5, rtol=0)
     assert model.conditional == 4
     assert model.unconditional == (0 if scale == 1.0 else 4)
+
+
+def test_guidance_of_a_model_that_always_saw_its_condition_is_an_error():
+    noise, eva = noise_and_eva()
+    with pytest.raises(ConfigError, match=r"guidance_scale = 1.5 needs a model trained with flow.cond_dropout above 0"):
+        sample(Recorder(), build(cond_dropout=0), eva, noise, SamplerConfig(guidance_scale=1.5))
 
 
 def test_the_schedule_is_shifted_as_training_was():

@@ -81,12 +81,39 @@ def test_a_dry_run_names_runs_and_steps_and_writes_nothing(compare, launched, tm
     compare()
     run_dir = tmp_path / "out/logit/seed_0/clip_repro_20260101_000000"
     (run_dir / "final_summary.json").unlink()
-    (run_dir / "checkpoints/step_00000003").mkdir(parents=True)
+    (run_dir / "checkpoints/step_00000003").mkdir()
 
     status, planned = compare("--dry_run")
 
     assert (planned["runs"]["logit/seed_0"], planned["runs"]["logit/seed_1"]) == ("4 steps, from 3", "finished")
     assert planned["steps"] == 1
+
+
+def test_variants_that_differ_in_their_evaluation_alone_share_a_training(compare, launched, tmp_path):
+    changes = {"variants": {"a": {}, "b": {"eval.sampler.steps": 7}, "c": {"flow.noise_share": 0.25}}, "seeds": [0]}
+    planned = compare("--dry_run", **changes)[1]
+    assert planned["runs"] == {"a/seed_0": "4 steps", "b/seed_0": "an evaluation of a/seed_0", "c/seed_0": "4 steps"}
+    assert planned["steps"] == 8
+
+    status, result = compare(**changes)
+    assert status == 0, result
+
+    assert launched == ["a/seed_0", "b/seed_0 resumed", "c/seed_0"]
+    [of_b] = (tmp_path / "out/b/seed_0").glob("clip_repro_*")
+    config = json.loads((of_b / "experiment_config.json").read_text())["config"]
+    assert config["eval"]["sampler"]["steps"] == 7
+    assert config["train"]["output_dir"] == str(of_b.parent)
+    assert compare(**changes)[0] == 0  # what is saved is what is planned
+    assert len(launched) == 3
+
+
+def test_without_a_finished_training_to_share_a_variant_has_its_own(compare, launched, monkeypatch):
+    command = bench.training_command
+    monkeypatch.setattr(bench, "training_command", lambda *a: ["false"] if a[1].variant == "a" else command(*a))
+
+    status, _ = compare(variants={"a": {}, "b": {"eval.sampler.steps": 7}}, seeds=[0])
+
+    assert (status, launched) == (1, ["b/seed_0"])
 
 
 def test_epochs_are_counted_in_steps_of_the_data(compare):
@@ -196,7 +223,8 @@ def test_a_bench_trains_evaluates_and_reports_every_variant_and_seed(tmp_path, e
     write_embeddings(tmp_path / "held", 4, seed=1)
     common = {**SMALL, "train.max_steps": 2, "train.eval_every": 1, "train.precision": "fp32"}
     variants = {"velocity": {"flow.prediction": "velocity"}, "sample": {"flow.prediction": "sample"}}
-    path = matrix_file(tmp_path, data=..., common=common, variants=variants, metrics=["mse", "clip_similarity"])
+    again = {"velocity_in_9": {"flow.prediction": "velocity", "eval.sampler.steps": 9}}  # which is not trained
+    path = matrix_file(tmp_path, data=..., common=common, variants=variants | again, metrics=["mse", "clip_similarity"])
     arguments = ["--train", embeddings, "--eval", tmp_path / "held", "--out", tmp_path / "out", "--num_processes", 1]
 
     status = main(["compare", "--matrix", str(path), *map(str, arguments), "--json"])
@@ -204,7 +232,7 @@ def test_a_bench_trains_evaluates_and_reports_every_variant_and_seed(tmp_path, e
     out = capfd.readouterr().out
     assert status == 0, out
     results = json.loads(out.splitlines()[-1])
-    assert [run["status"] for run in results["runs"]] == ["finished"] * 4
+    assert [run["status"] for run in results["runs"]] == ["finished"] * 6
     assert all(run["environment"]["world_size"] == 1 and run["seconds"] > 0 for run in results["runs"])
     for variant in variants:
         runs = [run for run in results["runs"] if run["variant"] == variant]
@@ -214,5 +242,16 @@ def test_a_bench_trains_evaluates_and_reports_every_variant_and_seed(tmp_path, e
         [config] = (tmp_path / f"out/{variant}/seed_1").glob("clip_repro_*/experiment_config.json")
         saved = json.loads(config.read_text())["config"]
         assert (saved["flow"]["prediction"], saved["train"]["seed"]) == (variant, 1)
+    [own], [shared] = (
+        [run for run in results["runs"] if (run["variant"], run["seed"]) == (variant, 1)]
+        for variant in ("velocity", "velocity_in_9")
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out" / shared["run_dir"] / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
+    evaluated = [line["step"] for line in lines if line["kind"] == "eval"]
+    assert evaluated == [2] * len(shared["evaluation"]["held"]["readings"])  # not on the way, and once at the end
+    of = [run["evaluation"]["held"]["readings"] for run in (own, shared)]
+    assert of[0]["posterior_mean"] == of[1]["posterior_mean"]
+    assert of[0]["sampled"]["mse"] != of[1]["sampled"]["mse"]
     assert yaml.safe_load(path.read_text())["question"] in out  # the report is printed
     assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
