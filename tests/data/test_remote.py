@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import EmbeddingLoader
 from blip3o_ds.data.reading.order import GlobalOrder
 from blip3o_ds.data.reading.remote import RemoteFolder
+from blip3o_ds.data.tools.split import split
 from blip3o_ds.errors import DataError
 
 GIB = 1 << 30
@@ -303,6 +305,19 @@ def test_other_schemes_go_through_fsspec(server, tmp_path):
         EmbeddingDataset("memory://remote/absent", cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match=r"nothing://host/manifest\.json: Protocol not known"):
         EmbeddingDataset("nothing://host", cache_dir=tmp_path / "cache")
+
+
+def test_the_parts_of_a_url_are_read_once_the_user_trusts_it(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the cache is
+    split(server.url, tmp_path / "parts", 0.5)
+    assert f"BLIP3O_TRUSTED_URLS={server.url}" in caplog.text
+    with pytest.raises(DataError, match="is elsewhere; if you trust"):
+        EmbeddingDataset(tmp_path / "parts/train")
+
+    monkeypatch.setenv("BLIP3O_TRUSTED_URLS", server.url)
+
+    parts = [read_all(EmbeddingDataset(tmp_path / "parts" / part)) for part in ("train", "eval")]
+    assert sorted([*parts[0], *parts[1]]) == sorted(read_all(EmbeddingDataset(server.folder)))
 
 
 @pytest.mark.parametrize(

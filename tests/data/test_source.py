@@ -22,13 +22,58 @@ def split_of(location: str) -> Manifest:
     [
         ("/data/split/eval", "../../whole", "/data/whole"),
         ("/data/split/eval", "/other/whole", "/other/whole"),
-        ("/data/split/eval", "s3://bucket/whole", "s3://bucket/whole"),
         ("https://host/sets/split/eval", "../../whole", "https://host/sets/whole"),
+        ("https://host/sets/split/eval", "https://host/other", "https://host/other"),
         ("s3://bucket/split/eval/", "../../whole", "s3://bucket/whole"),
+        ("https://host", "whole", "https://host/whole"),
+        ("https://host/eval", "../../../../elsewhere.org/whole", "https://host/elsewhere.org/whole"),
+        ("https://host/eval", "//elsewhere.org/whole", "https://host//elsewhere.org/whole"),
+        ("https://host/eval", "/etc", "https://host/etc"),
     ],
 )
-def test_a_relative_parent_is_relative_to_the_split(location, of, expected):
+def test_a_split_finds_its_parent_on_its_own_host(location, of, expected):
     assert shards_location(location, split_of(of)) == expected
+
+
+ELSEWHERE = [
+    ("/data/split/eval", "s3://bucket/whole"),
+    ("/data/split/eval", "file:///etc"),
+    ("/data/split/eval", "http://169.254.169.254/latest"),
+    ("https://host/eval", "https://elsewhere.org/whole"),
+    ("https://host/eval", "http://host/whole"),
+    ("https://host/eval", "https://user:secret@host/whole"),
+    ("https://host/eval", "https://host:81/whole"),
+    ("https://host/eval", "file:///etc"),
+    ("s3://bucket/eval", "s3://other/whole"),
+    ("pipe:cat /x/{name}", "https://host/whole"),
+]
+
+
+@pytest.mark.parametrize(("location", "of"), ELSEWHERE)
+def test_a_manifest_sends_its_reader_to_no_other_host_unless_the_user_trusts_it(location, of, monkeypatch):
+    with pytest.raises(DataError, match=r"reads samples from .* elsewhere; if you trust .* BLIP3O_TRUSTED_URLS=") as e:
+        shards_location(location, split_of(of))
+    assert location in str(e.value)
+
+    parent, _, name = of.rpartition("/")
+    for trusted in (of, f"https://a.org/x {parent}/"):
+        monkeypatch.setenv("BLIP3O_TRUSTED_URLS", trusted)
+        assert shards_location(location, split_of(of)) == of
+    for other in (f"{of}s", f"{parent}/{name[:-1]}", "https://a.org", ""):
+        monkeypatch.setenv("BLIP3O_TRUSTED_URLS", other)
+        with pytest.raises(DataError):
+            shards_location(location, split_of(of))
+
+
+def test_trust_does_not_reach_above_the_trusted_url(monkeypatch):
+    monkeypatch.setenv("BLIP3O_TRUSTED_URLS", "https://host/mine")
+    with pytest.raises(DataError, match="elsewhere"):
+        shards_location("/data/eval", split_of("https://host/mine/../yours"))
+
+
+def test_a_host_that_is_none_is_an_error_of_the_data():
+    with pytest.raises(DataError, match=r"http://\[::1/x: not a URL"):
+        shards_location("/data/eval", split_of("http://[::1/x"))
 
 
 def test_a_pipe_cannot_follow_a_relative_parent():

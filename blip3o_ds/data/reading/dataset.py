@@ -5,8 +5,6 @@ Opening one reads only the manifest; a shard is opened, and fetched where it is 
 
 from __future__ import annotations
 
-import os
-import posixpath
 import threading
 import time
 from collections import OrderedDict
@@ -23,7 +21,7 @@ from blip3o_ds.data.format.manifest import MANIFEST_NAME, Manifest, ShardInfo, f
 from blip3o_ds.data.format.schema import TokenLayout
 from blip3o_ds.data.reading.bad_samples import SLOW_READ_SECONDS, BadSamples, Replacements
 from blip3o_ds.data.reading.cache import CacheFull, Prefetcher, ShardCache, ShardLease
-from blip3o_ds.data.reading.remote import RemoteFolder, is_remote
+from blip3o_ds.data.reading.remote import RemoteFolder, is_remote, linked_location
 from blip3o_ds.data.reading.shard import Sample, ShardReader
 from blip3o_ds.errors import DataError
 
@@ -254,15 +252,4 @@ def shards_location(location: str | Path, manifest: Manifest) -> str:
     """The folder or URL that holds the shards of the dataset at `location`: itself, or what it is a split of."""
     if manifest.selection is None:
         return str(location)
-    base, of = str(location), manifest.selection.of
-    if is_remote(of) or os.path.isabs(of):
-        return of
-    if base.startswith("pipe:"):
-        raise DataError(
-            f"{base}: its manifest is a split of {of!r}, a relative path that a pipe cannot follow; name the dataset "
-            "by URL in selection.of"
-        )
-    if is_remote(base):
-        scheme, _, rest = base.partition("://")
-        return f"{scheme}://{posixpath.normpath(posixpath.join(rest, of))}"
-    return os.path.normpath(os.path.join(base, of))
+    return linked_location(str(location), manifest.selection.of)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import posixpath
 import random
 import re
 import shlex
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import fsspec  # type: ignore[import-untyped]  # it has no stubs
 
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 6
 TIMEOUT_SECONDS = 30.0  # without a byte
 FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubled each time, with jitter so that nodes spread out
+TRUSTED_URLS = "BLIP3O_TRUSTED_URLS"  # URLs with spaces between them: datasets that manifests elsewhere may read from
 _CHUNK_BYTES = 1 << 20
 _PIPE = "pipe:"
 
@@ -42,6 +45,45 @@ class TransferError(Exception):
 def is_remote(location: str | Path) -> bool:
     """Whether a dataset's location is a URL or a pipe, and not a folder."""
     return isinstance(location, str) and ("://" in location or location.startswith(_PIPE))
+
+
+def linked_location(base: str, of: str) -> str:
+    """The folder or URL that the manifest read at `base` names as `of`.
+
+    A manifest may be of a stranger's making, so it cannot send its reader to another host, or from a host to files of
+    this machine: a relative path stays on the host of `base`, and a URL must have its scheme and host, or be below a
+    URL that the user trusts (`TRUSTED_URLS`, an environment variable). Raises DataError otherwise.
+    """
+    if is_remote(of):
+        trusted = os.environ.get(TRUSTED_URLS, "").split()
+        if _host(of) == _host(base) or any(_is_below(of, url) for url in trusted):
+            return of
+        raise DataError(
+            f"{base}: its manifest reads samples from {of}, which is elsewhere; if you trust that dataset, set the "
+            f"environment variable {TRUSTED_URLS}={of}"
+        )
+    if base.startswith(_PIPE):
+        raise DataError(
+            f"{base}: its manifest is a split of {of!r}, a relative path that a pipe cannot follow; name the dataset "
+            f"by URL in selection.of, and in the environment variable {TRUSTED_URLS}"
+        )
+    if not is_remote(base):
+        return os.path.normpath(os.path.join(base, of))
+    path = urlsplit(base).path
+    return f"{_host(base)}{posixpath.normpath(posixpath.join('/', path, of))}"  # above the root is the root
+
+
+def _host(url: str) -> str:
+    """`scheme://host`, the latter with credentials and port."""
+    try:
+        scheme, host = urlsplit(url)[:2]
+    except ValueError as error:  # of a host in brackets
+        raise DataError(f"{url}: not a URL ({error})") from None
+    return f"{scheme}://{host}"
+
+
+def _is_below(url: str, parent: str) -> bool:
+    return url == parent or (url.startswith(parent.rstrip("/") + "/") and ".." not in url.split("/"))
 
 
 class RemoteFolder:

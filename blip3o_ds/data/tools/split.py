@@ -5,6 +5,7 @@ The smaller part is read once, for its statistics; those of the other are what i
 
 from __future__ import annotations
 
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,9 +23,11 @@ from blip3o_ds.data.format.moments import (
 )
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
-from blip3o_ds.data.reading.remote import is_remote
+from blip3o_ds.data.reading.remote import TRUSTED_URLS, is_remote
 from blip3o_ds.errors import DataError
 from blip3o_ds.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 _READ_THREADS = min(4, os.cpu_count() or 1)
 
@@ -66,6 +69,8 @@ def split(location: str | Path, dst: str | Path, fraction: float, view_separator
         folder.mkdir(parents=True, exist_ok=True)
         manifest.save(folder)
         result |= {f"{part}_samples": manifest.num_samples, f"{part}_shards": len(manifest.shards)}
+    if is_remote(location):
+        logger.warning("to read these parts, whose samples are elsewhere, set %s=%s", TRUSTED_URLS, location)
     return result
 
 
