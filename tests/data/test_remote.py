@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -239,7 +240,7 @@ def test_shards_in_use_are_never_evicted(server, tmp_path):
 
 
 def test_a_killed_download_leaves_nothing_that_counts_for_long(server, tmp_path):
-    folder = tmp_path / "cache" / "dead"
+    folder = tmp_path / "cache" / "blip3o-ds-shards" / ("dead" * 8)
     folder.mkdir(parents=True)
     (folder / "shard.tar.part").write_bytes(bytes(3 * shard_bytes(server)))
     cache = ShardCache(tmp_path / "cache", 3.5 * shard_bytes(server) / GIB)
@@ -247,6 +248,21 @@ def test_a_killed_download_leaves_nothing_that_counts_for_long(server, tmp_path)
     cache.get(RemoteFolder(server.url), Manifest.load(server.folder).shards[0])
 
     assert list(folder.glob("*.part")) == []
+
+
+def test_eviction_spares_what_the_user_keeps_beside_the_shards(server, tmp_path):
+    room = 1.5 * shard_bytes(server)
+    kept = [tmp_path / "cache" / "thesis" / "text.tex", tmp_path / "cache" / "model.pt"]
+    kept += [tmp_path / "cache" / "blip3o-ds-shards" / name for name in ("notes/text", "dead/text", "text")]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(2 * int(room)))
+        os.utime(path, (0, 0))
+
+    dataset = EmbeddingDataset(server.url, cache_dir=tmp_path / "cache", cache_gb=room / GIB)
+
+    assert_same(dataset, server.folder)
+    assert all(path.stat().st_size == 2 * int(room) for path in kept)
 
 
 def test_a_cached_shard_that_was_removed_is_fetched_again(server, tmp_path):

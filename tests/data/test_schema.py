@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from blip3o_ds.data.format.index import ShardIndex, index_path
 from blip3o_ds.data.format.manifest import Manifest
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.errors import DataError
@@ -97,6 +99,31 @@ def test_a_wrong_manifest_is_refused_by_file_and_field(dataset_dir, spoil, messa
 
     with pytest.raises(DataError, match=f"manifest.json.*{message}"):
         Manifest.load(path.parent)
+
+
+FILES = ["", "..", ".tar", ".hidden.tar", "/etc/x.tar", "a/b.tar", "in_use.lock", "a.tar\n", "manifest.json", "a" * 200]
+DIGESTS = ["", "../victim", "/tmp/victim", "0" * 63, "0" * 65, "A" * 64, "g" * 64, "0" * 64 + "\n", "../" * 21 + "a"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [*(("name", value) for value in FILES), *(("sha256", value) for value in DIGESTS)]
+)
+def test_what_becomes_a_files_name_is_checked_where_it_is_read(dataset_dir, field, value):
+    path = dataset_dir(6) / "manifest.json"
+    content = json.loads(path.read_text())
+    content["shards"][0][field] = value
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(DataError, match=rf"manifest.json: shards\[\].{field} must be"):
+        Manifest.load(path.parent)
+
+
+def test_an_index_of_a_shard_without_a_right_sha256_is_refused(dataset_dir):
+    path = index_path(dataset_dir(2) / "shard_00000.tar")
+    replace(ShardIndex.load(path), sha256="../victim").save(path)
+
+    with pytest.raises(DataError, match=r"shard_00000\.tar\.idx: sha256 must be 64"):
+        ShardIndex.load(path)
 
 
 def test_a_manifest_that_is_not_json_is_refused(tmp_path):

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from blip3o_ds.data.format.codec import stored_tensors
-from blip3o_ds.data.format.manifest import check_version
+from blip3o_ds.data.format.manifest import SHA256, check_version
 from blip3o_ds.data.format.moments import ChannelMoments, merge_moments, no_moments
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.data.format.tar import Member
@@ -175,6 +175,8 @@ def _check(index: ShardIndex, num_samples: Any, path: Path) -> None:
     if len(set(index.keys)) != count:
         twice = next(key for key, times in Counter(index.keys).items() if times > 1)
         raise DataError(f"{path}: key {twice!r} comes twice; `blip3o-ds data repair` leaves the second sample out")
+    if not SHA256.fullmatch(index.sha256):
+        raise DataError(f"{path}: sha256 must be 64 lower-case hexadecimal digits, found {index.sha256[:80]!r}")
     if not 0 < index.num_bytes < 1 << 63:
         raise DataError(f"{path}: num_bytes is {index.num_bytes}, which no file has")
     for name, values in {**index.members, **index.tensors}.items():

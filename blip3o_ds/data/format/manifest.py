@@ -6,6 +6,7 @@ It is written last, so a folder with a manifest is complete and one without is n
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -72,6 +73,8 @@ def _hashes(texts: Sequence[str], purpose: bytes = b"") -> np.ndarray:
 FORMAT_VERSIONS = (1, 2)  # that are read; `DatasetSpec.format_version` is the one that is written
 MANIFEST_NAME = "manifest.json"
 _SHARD_KINDS = {"name": str, "num_samples": int, "num_bytes": int, "sha256": str}
+_SHARD_NAME = re.compile(r"[^.].*\.tar")
+SHA256 = re.compile("[0-9a-f]{64}")
 _SELECTION_KINDS = {"of": str, "fraction": float, "part": str}
 _REMEDY = f"a dataset folder holds one; {MAKERS} make it, and finish one that was interrupted"
 
@@ -175,8 +178,11 @@ def check_version(version: Any, path: Path | str) -> None:
 def _read_shard_info(entry: Any, path: Path | str) -> ShardInfo:
     info = ShardInfo(**read_fields(entry, _SHARD_KINDS, path, "shards[]"))
     name = info.name
-    if Path(name).name != name or not name.isprintable() or name in ("", "..") or len(name) >= 200:
-        raise DataError(f"{path}: shards[].name must be a file name without a folder, found {name!r}")
+    # Both become names of files here, and of the cache.
+    if Path(name).name != name or not name.isprintable() or len(name) >= 200 or not _SHARD_NAME.fullmatch(name):
+        raise DataError(f"{path}: shards[].name must be that of a .tar file, without a folder, found {name[:200]!r}")
+    if not SHA256.fullmatch(info.sha256):
+        raise DataError(f"{path}: shards[].sha256 must be 64 lower-case hexadecimal digits, found {info.sha256[:80]!r}")
     return info
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -31,6 +32,9 @@ _PREFETCH_SHARE = 0.9  # of the bound; the rest stays free for what is needed at
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 1.0  # between looks whether there is room to read ahead
 _LOCKS = ("in_use.lock", "fetch.lock")
+_SUBFOLDER = "blip3o-ds-shards"
+_DIGITS = 32  # of a shard's SHA-256, for the name of its folder
+_FOLDER_NAME = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
 
 
 class CacheFull(DataError):
@@ -52,11 +56,12 @@ class ShardCache:
     """A folder of at most `cache_gb` GiB of shards, shared by the processes of a node.
 
     `cache_dir` defaults to a folder of the user's in the system's temporary folder. When room is needed, the shards
-    that were least recently asked for and that no process holds a lease on are removed.
+    that were least recently asked for and that no process holds a lease on are removed; they are in a subfolder of
+    their own, as the user may keep other things in `cache_dir`.
     """
 
     def __init__(self, cache_dir: str | Path | None, cache_gb: float) -> None:
-        self._dir = Path(cache_dir or Path(tempfile.gettempdir()) / f"blip3o-ds-cache-{os.getuid()}")
+        self._dir = Path(cache_dir or Path(tempfile.gettempdir()) / f"blip3o-ds-cache-{os.getuid()}") / _SUBFOLDER
         self._bound = int(cache_gb * _GIB)
         self._dir.mkdir(parents=True, exist_ok=True)
 
@@ -66,7 +71,7 @@ class ShardCache:
         Uses `share` of the bound; waits `wait_seconds` for other shards to go out of use before it raises CacheFull.
         Raises DataError that names the URL for a download that fails for good.
         """
-        folder = self._dir / info.sha256[:32]
+        folder = self._dir / info.sha256[:_DIGITS]
         folder.mkdir(exist_ok=True)
         path = folder / info.name
         lease = ShardLease(path, FileLock(folder / "in_use.lock", shared=True))
@@ -117,7 +122,7 @@ class ShardCache:
 
     def _make_room(self, wanted: int) -> int:
         """Remove shards that nobody uses, least recently used first, until `wanted` bytes remain; what does remain."""
-        shards = [_files(folder) for folder in self._dir.iterdir() if folder.is_dir()]
+        shards = [_files(folder) for folder in self._dir.iterdir() if _FOLDER_NAME.fullmatch(folder.name)]
         total = sum(map(_num_bytes, shards))
         for files in sorted(filter(None, shards), key=lambda files: max(found.st_mtime for found in files.values())):
             if total <= wanted:
