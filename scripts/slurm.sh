@@ -21,12 +21,11 @@ python -c 'import blip3o_ds, blip3o_kernels' || { say "install the project first
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 
-# Compiled kernels go to the node's own disk: ranks that compile into one network folder wait for its locks. C++
-# extensions get a new folder for each start: a job killed while compiling leaves a lock that is never released.
+# What is compiled goes to the node's own disk: it suits this processor, and no other node waits for its lock.
 cache=${TMPDIR:-/tmp}/blip3o-ds-$(id -un)
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions}
 
 # NCCL. Variables that a module or the caller has set are kept.
 # Report why a connection failed.

@@ -18,6 +18,7 @@ import torch
 
 from blip3o_ds.errors import ConfigError, TrainingError
 from blip3o_ds.slurm import Place, required, step_place
+from blip3o_ds.training.compiling import use_compile_lock
 
 
 def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
@@ -29,6 +30,7 @@ def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(rendezvous(os.environ, torch.cuda.device_count()))
+    use_compile_lock(timeout_seconds)
     import deepspeed
 
     # DeepSpeed calls collectives by names that newer PyTorch renames; a user of this project cannot fix that.

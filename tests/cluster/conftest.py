@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.cpp_extension import get_default_build_root
 
+from blip3o_ds.training.compiling import extensions_folder
 from tests.cluster import slurm as slurm_daemons
 from tests.cluster import ssh
 from tests.cluster.machines import missing_for
@@ -24,10 +23,8 @@ def _this_project_on_every_machine() -> Iterator[None]:
         patch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/sbin:{os.environ['PATH']}")
         patch.setenv("PROJECT", str(PROJECT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        # Where torch keeps what DeepSpeed compiled for the other tests; the job script would compile it for each job.
-        toolkit = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
-        built = Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_{toolkit}"
-        patch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", str(built)))
+        # What DeepSpeed compiled for the other tests; the job script would compile it again, into its own folder.
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
         yield
 
 
