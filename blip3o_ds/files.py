@@ -9,15 +9,23 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from blip3o_ds.errors import Blip3oError, DataError
+
+logger = logging.getLogger(__name__)
+
+QUIET_SECONDS = 5.0  # that a wait for a lock may last without a word
+_REPEAT_SECONDS = 30.0
+_POLL_SECONDS = 0.1
 
 
 @contextmanager
@@ -178,6 +186,26 @@ class FileLock:
         self._descriptor = None
 
     __del__ = release
+
+
+def wait_for_lock(path: str | Path, timeout_seconds: float, reason: str) -> FileLock:
+    """The lock on `path`, after a wait for whoever holds it; BlockingIOError if that is longer than `timeout_seconds`.
+
+    A wait of more than a few seconds says in the log what it is for: `reason`.
+    """
+    started = time.monotonic()
+    speak = started + QUIET_SECONDS
+    while True:
+        try:
+            return FileLock(path, wait=False)
+        except BlockingIOError:
+            now = time.monotonic()
+            if now - started > timeout_seconds:
+                raise
+        if now > speak:
+            logger.info("waiting for another process %s", reason)
+            speak = now + _REPEAT_SECONDS
+        time.sleep(_POLL_SECONDS)
 
 
 def _is_same_file(descriptor: int, path: str | Path) -> bool:

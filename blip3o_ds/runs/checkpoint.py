@@ -35,7 +35,8 @@ class Checkpoint:
 def find_checkpoint(folder: Path, step: int | None = None, files: Sequence[str] | None = None) -> Checkpoint | None:
     """The newest checkpoint in `folder` that passes `verify_checkpoint`, or the one of `step`; None if there is none.
 
-    Damaged checkpoints are skipped with a warning. It is a `CheckpointError` if that of `step` is missing or damaged.
+    Damaged checkpoints are skipped with a warning. It is a `CheckpointError` if that of `step` is missing or damaged,
+    or if all are damaged: whoever took that for none would begin anew, over what can perhaps be saved.
     """
     paths = sorted(folder.glob("step_*"), reverse=True)
     if step is not None:
@@ -44,11 +45,18 @@ def find_checkpoint(folder: Path, step: int | None = None, files: Sequence[str] 
             return verify_checkpoint(wanted, files)
         there = ", ".join(path.name for path in paths) or "none"
         raise CheckpointError(f"{folder}: there is no checkpoint of step {step}; found: {there}")
+    damaged = []
     for path in paths:
         try:
             return verify_checkpoint(path, files)
         except CheckpointError as error:
             logger.warning("checkpoint %s; trying the one before it", error)
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointError(
+            f"{folder}: no checkpoint is whole: {'; '.join(damaged)}. Nothing was changed; copy the files that differ "
+            "from a backup, or start another run"
+        )
     return None
 
 

@@ -17,6 +17,7 @@ RUN_CONFIG = "experiment_config.json"  # the settings, and the machine that the 
 CHECKPOINTS = "checkpoints"
 NORMALIZER = "normalizer.json"
 BASELINES = "baselines.safetensors"
+LOCK = ".trainer.lock"  # held by the process that trains into the folder
 LOG = "clip_reproduction_training.log"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

@@ -150,10 +150,9 @@ class CheckpointWriter:
 
     def _drop_old(self, saved_step: int, pinned_step: int | None) -> None:
         paths = {int(path.name[5:]): path for path in self._folder.glob("step_" + "[0-9]" * 8)}
-        abandoned = {step for step in paths if step > saved_step}  # damaged, or the run would have continued from there
-        old = sorted(paths.keys() - abandoned)[: -self._keep_last]
+        old = sorted(step for step in paths if step <= saved_step)[: -self._keep_last]
         kept = {step for step in old if step == pinned_step or (self._keep_every and step % self._keep_every == 0)}
-        for step in sorted(abandoned.union(old) - kept):
+        for step in sorted(set(old) - kept):
             try:
                 shutil.rmtree(paths[step])
             except OSError as error:
@@ -163,8 +162,21 @@ class CheckpointWriter:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` whose files are whole, the same on every rank; every rank must call it."""
-    return on_rank_zero(lambda: find_checkpoint(folder))
+    """The newest checkpoint in `folder` whose files are whole, the same on every rank; every rank must call it.
+
+    Newer ones, which are damaged, are renamed: the run will come to their steps again, and their weights may be whole.
+    A `CheckpointError` says what is wrong with each if none is whole.
+    """
+
+    def find() -> Checkpoint | None:
+        found = find_checkpoint(folder)
+        if found is not None:
+            for path in sorted(folder.glob("step_*")):
+                if path.name > found.path.name:
+                    logger.warning("%s was renamed to %s", path, _set_aside(path).name)
+        return found
+
+    return on_rank_zero(find)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -182,6 +194,14 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, after which nothing here touches it."""
+    number = 1
+    while (target := path.with_name(f"damaged_{path.name}" + (f"_{number}" if number > 1 else ""))).exists():
+        number += 1
+    return path.rename(target)
 
 
 def _write_files(folder: Path, writers: Writers) -> dict[str, Any] | str:

@@ -6,23 +6,15 @@ every later run waits for ever, without a word. Here the lock is one that ends w
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blip3o_ds.errors import TrainingError
-from blip3o_ds.files import FileLock
-
-logger = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.1
-_QUIET_SECONDS = 5.0  # of waiting
-_REPEAT_SECONDS = 30.0
+from blip3o_ds.files import FileLock, wait_for_lock
 
 
 class CompileLock:
@@ -38,23 +30,15 @@ class CompileLock:
 
     def try_acquire(self) -> bool:
         """Wait for the lock; True. TrainingError after `timeout_seconds`."""
-        started = time.monotonic()
-        speak = started + _QUIET_SECONDS
-        while True:
-            try:
-                self._lock = FileLock(self._path, wait=False)  # a file that a killed process left is no lock
-                return True
-            except BlockingIOError:
-                now = time.monotonic()
-            if now - started > self._timeout:
-                raise TrainingError(
-                    f"{self._path.parent}: another process has been compiling there for {now - started:.0f} s "
-                    "(train.timeout_seconds); end it, or give this run another folder in TORCH_EXTENSIONS_DIR"
-                )
-            if now > speak:
-                logger.info("waiting for another process that compiles in %s", self._path.parent)
-                speak = now + _REPEAT_SECONDS
-            time.sleep(_POLL_SECONDS)
+        folder = self._path.parent
+        try:  # a file that a killed process left is no lock
+            self._lock = wait_for_lock(self._path, self._timeout, f"that compiles in {folder}")
+        except BlockingIOError:
+            raise TrainingError(
+                f"{folder}: another process has been compiling there for {self._timeout:g} s (train.timeout_seconds); "
+                "end it, or give this run another folder in TORCH_EXTENSIONS_DIR"
+            ) from None
+        return True
 
     def release(self) -> None:
         if self._lock is not None:

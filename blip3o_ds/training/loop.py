@@ -14,12 +14,14 @@ from typing import Any
 import torch.distributed as dist
 
 from blip3o_ds.config import RunConfig
-from blip3o_ds.files import atomic_write_json
+from blip3o_ds.errors import CheckpointError
+from blip3o_ds.files import atomic_write_json, read_json
 from blip3o_ds.progress import format_duration
 from blip3o_ds.runs.folder import FINAL_SUMMARY, TRAINING_SUMMARY
 from blip3o_ds.training.anomalies import skip_or_roll_back
 from blip3o_ds.training.evaluation import evaluate_splits, is_best, record_evaluation
 from blip3o_ds.training.overfit import overfit_verdict
+from blip3o_ds.training.peers import on_rank_zero
 from blip3o_ds.training.preemption import requeue_or_explain
 from blip3o_ds.training.setup import Run, setup
 
@@ -40,6 +42,8 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
     with setup(config, resume) as run:
         config, engine, meter = run.config, run.engine, run.meter
         began, first_step, total_steps = time.monotonic(), run.state.step, run.state.total_steps
+        if (finished := finished_summary(run)) is not None:
+            return finished
         stopped_by = None
 
         while run.state.step < total_steps and stopped_by is None:
@@ -84,6 +88,19 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
             meter.exclude_pause()
 
         return conclude(run, first_step, began, stopped_by)
+
+
+def finished_summary(run: Run) -> dict[str, Any] | None:
+    """What a run that is at its end already wrote there, or None; the same on every rank."""
+
+    def read() -> dict[str, Any] | None:
+        path = run.folder / FINAL_SUMMARY
+        if run.state.step < run.state.total_steps or not path.exists():
+            return None
+        logger.info("%s is finished; `blip3o-ds eval %s` evaluates it again", run.folder, run.folder)
+        return read_json(path, CheckpointError, "remove it, and resume the run to evaluate it again")
+
+    return on_rank_zero(read)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -5,9 +5,11 @@ A resumed run takes the steps that the interrupted one would have taken, so ever
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +21,8 @@ import torch.distributed as dist
 import blip3o_ds
 from blip3o_ds.config import SETTINGS, RunConfig, build_run_config
 from blip3o_ds.errors import CheckpointError, ConfigError
-from blip3o_ds.runs.folder import RUN_CONFIG, create_run, newest_run, read_run_config
+from blip3o_ds.files import wait_for_lock
+from blip3o_ds.runs.folder import LOCK, RUN_CONFIG, create_run, newest_run, read_run_config
 from blip3o_ds.settings import flatten
 from blip3o_ds.training.peers import on_rank_zero
 
@@ -50,6 +53,29 @@ def prepare_run_dir(config: RunConfig, resumed: Path | None) -> Path:
         found = f"rank {dist.get_rank()} finds {resumed} to resume, rank 0 {folder}"
         raise CheckpointError(f"{found}; name the run: --resume {folder}")
     return folder
+
+
+@contextlib.contextmanager
+def sole_trainer(folder: Path, wait_seconds: float) -> Iterator[None]:
+    """Keep other processes from training into a run's folder; every rank calls it, and rank 0 holds the lock.
+
+    A `CheckpointError` says that another run is in it, after `wait_seconds` in which one that is ending can end. The
+    lock ends with its process, and nodes that share the folder see it; where there are no locks, nobody is kept out.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            try:
+                stack.enter_context(wait_for_lock(folder / LOCK, wait_seconds, f"that trains into {folder}"))
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{folder}: another process trains into it; wait for its end, or end it, and resume then"
+                ) from None
+            except OSError as error:
+                logger.warning("%s: no lock, so nothing keeps another process from training into it: %s", folder, error)
+
+        on_rank_zero(take)
+        yield
 
 
 def _output_dir(config: RunConfig) -> Path:

@@ -35,7 +35,7 @@ from blip3o_ds.training.meter import DebugProbe, StepMeter
 from blip3o_ds.training.optim import check_names
 from blip3o_ds.training.peers import SILENCE_SECONDS, PeerWatch
 from blip3o_ds.training.preemption import StopSignal
-from blip3o_ds.training.resume import keep_global_batch, prepare_run_dir, resumed_config
+from blip3o_ds.training.resume import keep_global_batch, prepare_run_dir, resumed_config, sole_trainer
 from blip3o_ds.training.telemetry import MetricsWriter, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
         dataset = open_train_data(config, bad_samples)
         config = with_dims_of(config, dataset)
         folder = prepare_run_dir(config, resumed)
+        stack.enter_context(sole_trainer(folder, min(2 * SILENCE_SECONDS, config.train.timeout_seconds / 2)))
         setup_logging(rank, folder / LOG)
         bad_samples.write_to(folder / BAD_SAMPLES, rank)
         if resume:

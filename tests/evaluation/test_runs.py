@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -92,9 +93,25 @@ def test_only_the_files_that_will_be_read_need_be_whole(tmp_path):
     seal(path, 5)
     (path / "optimizer.pt").write_bytes(b"momentz")
 
-    assert find_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*optimizer.pt has another checksum"):
+        find_checkpoint(tmp_path)
     assert find_checkpoint(tmp_path, files=["model.safetensors"]).step == 5
-    assert find_checkpoint(tmp_path, files=["ema.safetensors"]) is None
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*ema.safetensors is missing"):
+        find_checkpoint(tmp_path, files=["ema.safetensors"])
+
+
+def test_where_none_is_whole_the_error_says_what_is_wrong_with_each(tmp_path):
+    make(tmp_path, 5)
+    (make(tmp_path, 10) / SEAL).unlink()
+    (tmp_path / "step_00000005" / "model.safetensors").unlink()
+    (tmp_path / "step_00000015" / SEAL).mkdir(parents=True)
+
+    with pytest.raises(CheckpointError) as raised:
+        find_checkpoint(tmp_path)
+
+    message = str(raised.value)
+    assert re.search(r"step_00000015 is damaged: .*step_00000010 is damaged: .*step_00000005 is damaged: ", message)
+    assert "model.safetensors is missing. Nothing was changed" in message
 
 
 def test_a_run_is_loaded_with_its_newest_moving_average(run_dir, config):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from blip3o_ds.errors import CheckpointError
 from blip3o_ds.runs.checkpoint import SEAL, find_checkpoint
-from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint
+from blip3o_ds.training.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
 from tests.conftest import PROJECT
 
 
@@ -105,18 +105,44 @@ def test_the_newest_are_kept_and_every_nth_and_the_best(trainee, tmp_path):
     assert (tmp_path / "latest").read_text() == "step_00000010"
 
 
-def test_checkpoints_after_the_step_just_saved_go_first_and_the_new_one_stays(trainee, tmp_path):
+def test_a_save_removes_no_checkpoint_of_a_later_step(trainee, tmp_path):
     learner = trainee(2)
     learner.step(0)
     writer = writer_of(learner, tmp_path, keep_last=1)
-    for step in (7, 9):  # what a run leaves that has to go back behind its damaged checkpoints
+    for step in (3, 7, 9):
         (tmp_path / f"step_{step:08d}").mkdir(parents=True)
 
     writer.save(5, {})
     saved = writer.finish()
 
-    assert steps_in(tmp_path) == [5]
-    assert find_checkpoint(tmp_path) == saved
+    assert steps_in(tmp_path) == [5, 7, 9]
+    assert saved.step == 5
+
+
+def test_damaged_checkpoints_after_the_newest_whole_one_are_set_aside_and_never_removed(trainee, tmp_path, caplog):
+    learner = trainee(2)
+    learner.step(0)
+    writer = writer_of(learner, tmp_path, keep_last=1)
+
+    def damaged(step: int, content: bytes) -> None:
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}" / "model.safetensors").write_bytes(content)
+
+    for content in (b"first", b"second"):  # the run comes to step 7 again, and is damaged there again
+        writer.save(2, {})
+        writer.finish()
+        damaged(7, content)
+        damaged(8, content)
+
+        assert newest_checkpoint(tmp_path).step == 2
+
+    aside = sorted(path.name for path in tmp_path.glob("damaged_*"))
+    assert aside == [f"damaged_step_0000000{name}" for name in ("7", "7_2", "8", "8_2")]
+    assert [(tmp_path / name / "model.safetensors").read_bytes() for name in aside] == 2 * [b"first", b"second"]
+    assert f"{tmp_path / 'step_00000007'} was renamed to damaged_step_00000007" in caplog.text
+    writer.save(9, {})
+    writer.finish()
+    assert sorted(path.name for path in tmp_path.glob("*step_*")) == [*aside, "step_00000009"]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_goes_at_the_next_save(

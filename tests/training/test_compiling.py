@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from blip3o_ds import files
 from blip3o_ds.errors import TrainingError
-from blip3o_ds.training import compiling
 from blip3o_ds.training.compiling import CompileLock, extensions_folder
 
 HOLD = """
@@ -52,7 +52,7 @@ def test_what_a_killed_process_left_is_no_lock(path):
 
 
 def test_whoever_waits_says_so_and_goes_on_when_the_other_is_killed(path, holder, monkeypatch, caplog):
-    monkeypatch.setattr(compiling, "_QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(files, "QUIET_SECONDS", 0.1)
     caplog.set_level(logging.INFO)
     threading.Timer(1.0, holder.kill).start()
     lock, started = CompileLock(str(path), 60), time.monotonic()

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import read_batches
 from blip3o_ds.data.tools.convert import convert
+from blip3o_ds.files import FileLock
+from blip3o_ds.runs.folder import LOCK, LOG
 from blip3o_ds.training import evaluation
 from blip3o_ds.training.checkpoint import TrainState
 from blip3o_ds.training.evaluation import is_best
@@ -238,6 +240,59 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(embeddings, t
     assert "step_00000004 is damaged" in run.output
     assert "resumed from" in run.output
     assert losses(run) == losses(first)
+    assert (run.run_dir / "checkpoints/damaged_step_00000004/model.safetensors").read_bytes() == bytes(content)
+
+
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    """The content of all files but the log and the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (LOG, LOCK))
+    return {path: path.read_bytes() for path in files}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(embeddings, tmp_path, launch):
+    settings = {"train.max_steps": 4, "train.save_every": 2}
+    first = launch(embeddings, tmp_path / "out", None, settings)
+    for random_state in first.run_dir.glob("checkpoints/step_*/rng_rank_00000.pt"):
+        content = bytearray(random_state.read_bytes())
+        content[100] ^= 1
+        random_state.write_bytes(content)
+    (first.run_dir / "final_summary.json").unlink()
+    before = everything_in(first.run_dir)
+
+    run = launch(embeddings, tmp_path / "out", None, settings, "--resume")
+
+    assert run.returncode == 1
+    assert "no checkpoint is whole" in run.output
+    for step in (2, 4):
+        assert f"step_0000000{step} is damaged: rng_rank_00000.pt has another checksum" in run.output
+    assert everything_in(first.run_dir) == before
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(embeddings, tmp_path, launch):
+    first = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2})
+    before = everything_in(first.run_dir)
+
+    run = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2}, "--resume")
+
+    assert run.returncode == 0, run.output
+    assert f"{first.run_dir} is finished; `blip3o-ds eval {first.run_dir}`" in run.output
+    after = everything_in(first.run_dir)
+    events = [path for path in after.keys() - before.keys() if path.parent.name == "tensorboard"]
+    assert {path: content for path, content in after.items() if path not in events} == before
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(embeddings, tmp_path, launch):
+    first = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2})
+    (first.run_dir / "final_summary.json").unlink()
+    before = everything_in(first.run_dir)
+
+    with FileLock(first.run_dir / LOCK):
+        settings = {"train.max_steps": 2, "train.timeout_seconds": 10}
+        run = launch(embeddings, tmp_path / "out", 2, settings, "--resume")
+
+    assert run.returncode == 1
+    assert f"{first.run_dir}: another process trains into it; wait for its end" in run.output
+    assert everything_in(first.run_dir) == before
 
 
 def test_overfitting_reports_its_verdict_and_the_cause(embeddings, tmp_path, launch):
