@@ -203,7 +203,7 @@ def wait_for_lock(path: str | Path, timeout_seconds: float, reason: str) -> File
             if now - started > timeout_seconds:
                 raise
         if now > speak:
-            logger.info("waiting for another process %s", reason)
+            logger.warning("waiting for another process %s", reason)  # seen on every rank, and before logs are set up
             speak = now + _REPEAT_SECONDS
         time.sleep(_POLL_SECONDS)
 

@@ -25,7 +25,8 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 cache=${TMPDIR:-/tmp}/blip3o-ds-$(id -un)
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions}
+versions=$(python -c 'import sys, torch; print(f"torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}")')
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions-$versions}
 
 # NCCL. Variables that a module or the caller has set are kept.
 # Report why a connection failed.

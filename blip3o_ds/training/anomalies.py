@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from blip3o_ds.errors import TrainingError
+from blip3o_ds.errors import CheckpointError, TrainingError
 from blip3o_ds.progress import Progress
 from blip3o_ds.runs.folder import BAD_BATCHES, CHECKPOINTS
 from blip3o_ds.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint
@@ -58,10 +58,14 @@ def _record(run: Run, keys: Sequence[str], losses: Sequence[Tensor]) -> None:
 
 def _roll_back(run: Run) -> None:
     train, failed = run.config.train, run.state
-    run.saver.finish()
-    checkpoint = newest_checkpoint(run.folder / CHECKPOINTS)
+    checkpoint = run.saver.finish()
+    saved = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written yet"
+    if checkpoint is not None and failed.rollbacks < train.max_rollbacks:
+        try:
+            checkpoint = newest_checkpoint(run.folder / CHECKPOINTS)
+        except CheckpointError as error:  # on every rank
+            checkpoint, saved = None, str(error)
     if checkpoint is None or failed.rollbacks >= train.max_rollbacks:
-        saved = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written yet"
         raise TrainingError(
             f"step {failed.step}: loss or gradient is not finite, more than train.max_skipped_steps = "
             f"{train.max_skipped_steps} steps in a row, after {failed.rollbacks} of train.max_rollbacks = "

@@ -6,6 +6,7 @@ every later run waits for ever, without a word. Here the lock is one that ends w
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ import torch
 
 from blip3o_ds.errors import TrainingError
 from blip3o_ds.files import FileLock, wait_for_lock
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS = 900.0  # compiling takes a minute on two cores, and longer on a login node in use
 
 
 class CompileLock:
@@ -29,15 +34,17 @@ class CompileLock:
         self._lock: FileLock | None = None
 
     def try_acquire(self) -> bool:
-        """Wait for the lock; True. TrainingError after `timeout_seconds`."""
+        """Wait for the lock; True, also where the file system has no locks. TrainingError after `timeout_seconds`."""
         folder = self._path.parent
         try:  # a file that a killed process left is no lock
             self._lock = wait_for_lock(self._path, self._timeout, f"that compiles in {folder}")
         except BlockingIOError:
             raise TrainingError(
-                f"{folder}: another process has been compiling there for {self._timeout:g} s (train.timeout_seconds); "
-                "end it, or give this run another folder in TORCH_EXTENSIONS_DIR"
+                f"{folder}: another process has been compiling there for {self._timeout:g} s; end it, or give this run "
+                "another folder in TORCH_EXTENSIONS_DIR"
             ) from None
+        except OSError as error:
+            logger.warning("%s: no lock, so two processes may compile there at a time: %s", folder, error)
         return True
 
     def release(self) -> None:
@@ -46,14 +53,14 @@ class CompileLock:
             self._lock.release()
 
 
-def use_compile_lock(timeout_seconds: float) -> None:
+def use_compile_lock() -> None:
     """Compile into the folder of this project from now on, and under a `CompileLock`."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
 
     from torch.utils import cpp_extension
 
     def lock(path: str, *_: Any, **__: Any) -> CompileLock:
-        return CompileLock(path, timeout_seconds)
+        return CompileLock(path, TIMEOUT_SECONDS)
 
     cpp_extension.FileBaton = lock  # type: ignore[assignment, misc]
 

@@ -30,7 +30,7 @@ def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(rendezvous(os.environ, torch.cuda.device_count()))
-    use_compile_lock(timeout_seconds)
+    use_compile_lock()
     import deepspeed
 
     # DeepSpeed calls collectives by names that newer PyTorch renames; a user of this project cannot fix that.

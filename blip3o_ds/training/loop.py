@@ -17,7 +17,7 @@ from blip3o_ds.config import RunConfig
 from blip3o_ds.errors import CheckpointError
 from blip3o_ds.files import atomic_write_json, read_json
 from blip3o_ds.progress import format_duration
-from blip3o_ds.runs.folder import FINAL_SUMMARY, TRAINING_SUMMARY
+from blip3o_ds.runs.folder import FINAL_SUMMARY, TRAINING_SUMMARY, read_run_config
 from blip3o_ds.training.anomalies import skip_or_roll_back
 from blip3o_ds.training.evaluation import evaluate_splits, is_best, record_evaluation
 from blip3o_ds.training.overfit import overfit_verdict
@@ -91,11 +91,19 @@ def train(config: RunConfig, resume: str | None = None) -> dict[str, Any]:
 
 
 def finished_summary(run: Run) -> dict[str, Any] | None:
-    """What a run that is at its end already wrote there, or None; the same on every rank."""
+    """What a run that is at its end already wrote there, or None; the same on every rank.
+
+    None, too, if it is to be evaluated in another way. One that is not at its end has no such file from here on: an
+    earlier one is of weights that were lost.
+    """
 
     def read() -> dict[str, Any] | None:
         path = run.folder / FINAL_SUMMARY
-        if run.state.step < run.state.total_steps or not path.exists():
+        saved = read_run_config(run.folder)[0]
+        asked_anew = (saved.eval, saved.data.eval_dirs) != (run.config.eval, run.config.data.eval_dirs)
+        if run.state.step < run.state.total_steps or asked_anew:
+            path.unlink(missing_ok=True)
+        if not path.exists():
             return None
         logger.info("%s is finished; `blip3o-ds eval %s` evaluates it again", run.folder, run.folder)
         return read_json(path, CheckpointError, "remove it, and resume the run to evaluate it again")

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 
 from blip3o_ds.data.reading.bad_samples import BadSamples
-from blip3o_ds.errors import CheckpointError, ConfigError, TrainingError
+from blip3o_ds.errors import Blip3oError, CheckpointError, ConfigError, TrainingError
 from blip3o_ds.evaluation.matrix import Matrix, PlannedRun, check_unchanged, is_finished, overrides, plan_runs
 from blip3o_ds.evaluation.matrix_report import write_report
 from blip3o_ds.evaluation.matrix_results import Bench, read_result
 from blip3o_ds.evaluation.plots import read_metrics
 from blip3o_ds.files import FileLock, atomic_write_json, read_json
 from blip3o_ds.progress import format_duration
+from blip3o_ds.runs.checkpoint import find_checkpoint
 from blip3o_ds.runs.folder import CHECKPOINTS, FINAL_SUMMARY, METRICS, RUN_CONFIG, TENSORBOARD, read_run_config
 from blip3o_ds.training.datasets import open_eval_data, open_train_data
 from blip3o_ds.training.launch import free_port
@@ -141,24 +142,40 @@ def _copy_training(source: PlannedRun, run: PlannedRun) -> None:
     """Make the folder of `run` that of `source` at the end of its training, so that resuming it evaluates it.
 
     Checkpoints are never written to, so they are linked. The evaluations on the way were other ones, and are left out.
-    If the training failed, `run` has its own.
+    If the training failed, or is no longer there, `run` has its own.
     """
     run_dir = source.find()
     if run_dir is None or not is_finished(run_dir):
         return
     unfinished = run.folder / f".{run_dir.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        if find_checkpoint(run_dir / CHECKPOINTS) is not None:
+            _copy_run(run_dir, unfinished, run)
+            unfinished.rename(run.folder / run_dir.name)
+    except (OSError, Blip3oError) as error:
+        logger.warning("%s trains for itself, as %s cannot be copied: %s", run.name, run_dir, error)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _copy_run(run_dir: Path, unfinished: Path, run: PlannedRun) -> None:
     shutil.copytree(
         run_dir, unfinished, ignore=shutil.ignore_patterns(CHECKPOINTS, FINAL_SUMMARY, METRICS, TENSORBOARD)
     )
-    shutil.copytree(run_dir / CHECKPOINTS, unfinished / CHECKPOINTS, copy_function=os.link)
+    shutil.copytree(run_dir / CHECKPOINTS, unfinished / CHECKPOINTS, copy_function=_link_or_copy)
     lines = [json.dumps(line) + "\n" for line in read_metrics(run_dir / METRICS) if line["kind"] != "eval"]
     (unfinished / METRICS).write_text("".join(lines), encoding="utf-8")
     _, content = read_run_config(run_dir)
     content["config"]["eval"] = run.config.model_dump(mode="json")["eval"]
     content["config"]["train"]["output_dir"] = str(run.folder)
     atomic_write_json(unfinished / RUN_CONFIG, content)
-    unfinished.rename(run.folder / run_dir.name)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # the file system has no links, or the two are on different ones
+        shutil.copy2(source, target)
 
 
 def _make(matrix: Matrix, run: PlannedRun, processes: int) -> str | None:

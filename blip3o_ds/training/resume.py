@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import platform
+import socket
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -62,14 +64,18 @@ def sole_trainer(folder: Path, wait_seconds: float) -> Iterator[None]:
     A `CheckpointError` says that another run is in it, after `wait_seconds` in which one that is ending can end. The
     lock ends with its process, and nodes that share the folder see it; where there are no locks, nobody is kept out.
     """
+    path = folder / LOCK
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
             try:
-                stack.enter_context(wait_for_lock(folder / LOCK, wait_seconds, f"that trains into {folder}"))
+                stack.enter_context(wait_for_lock(path, wait_seconds, f"that trains into {folder}"))
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             except BlockingIOError:
+                holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
                 raise CheckpointError(
-                    f"{folder}: another process trains into it; wait for its end, or end it, and resume then"
+                    f"{folder}: {holder[:200]} trains into it; wait for its end, or end it, and resume then. If that "
+                    f"host is gone, and its file server does not know, remove {path}"
                 ) from None
             except OSError as error:
                 logger.warning("%s: no lock, so nothing keeps another process from training into it: %s", folder, error)

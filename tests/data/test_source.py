@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -65,15 +67,28 @@ def test_a_manifest_sends_its_reader_to_no_other_host_unless_the_user_trusts_it(
             shards_location(location, split_of(of))
 
 
-def test_trust_does_not_reach_above_the_trusted_url(monkeypatch):
+@pytest.mark.parametrize("of", ["mine/../yours", "mine/%2e%2E/yours", "mine/..?x", "mine/..#x", "mine/%2e%2e%2fyours"])
+def test_trust_does_not_reach_above_the_trusted_url(of, monkeypatch):
     monkeypatch.setenv("BLIP3O_TRUSTED_URLS", "https://host/mine")
+    assert shards_location("/data/eval", split_of("https://host/mine/set"))
     with pytest.raises(DataError, match="elsewhere"):
-        shards_location("/data/eval", split_of("https://host/mine/../yours"))
+        shards_location("/data/eval", split_of(f"https://host/{of}"))
 
 
-def test_a_host_that_is_none_is_an_error_of_the_data():
-    with pytest.raises(DataError, match=r"http://\[::1/x: not a URL"):
-        shards_location("/data/eval", split_of("http://[::1/x"))
+def test_a_url_with_a_space_can_be_trusted(monkeypatch):
+    with pytest.raises(DataError, match=r"BLIP3O_TRUSTED_URLS=https://host/my%20set"):
+        shards_location("/data/eval", split_of("https://host/my set"))
+    monkeypatch.setenv("BLIP3O_TRUSTED_URLS", "https://host/my%20set")
+    assert shards_location("/data/eval", split_of("https://host/my set")) == "https://host/my set"
+
+
+@pytest.mark.parametrize("of", ["http://[::1/x", "arrow_hdfs://evil:8020/set"])
+def test_what_is_no_url_is_an_error_of_the_data(of):
+    for location in ("https://host/eval", "s3://bucket/eval"):
+        with pytest.raises(DataError, match=rf"{re.escape(of)}: not a URL"):
+            shards_location(location, split_of(of))
+    with pytest.raises(DataError):
+        shards_location("/data/split/eval", split_of(of))
 
 
 def test_a_pipe_cannot_follow_a_relative_parent():

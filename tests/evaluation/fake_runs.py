@@ -14,6 +14,7 @@ from blip3o_ds.evaluation.matrix import Matrix, PlannedRun, load_matrix
 from blip3o_ds.evaluation.metrics import METRIC_NAMES
 from blip3o_ds.evaluation.report import EvalResult
 from blip3o_ds.files import atomic_write_json
+from tests.evaluation.conftest import seal
 
 READINGS = ("posterior_mean", "sampled", "ridge", "mean_embedding")
 MATRIX: dict[str, Any] = {
@@ -50,7 +51,9 @@ def write_run(
 ) -> Path:
     """The folder of a run on two processes; every metric of every reading is `value`, and half of it at step 2."""
     run_dir = folder / "clip_repro_20260101_000000"
-    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints/step_00000004").mkdir(parents=True)
+    (run_dir / "checkpoints/step_00000004/model.safetensors").write_bytes(b"weights")
+    seal(run_dir / "checkpoints/step_00000004", 4)
     config = run.config.model_dump(mode="json")
     config["model"]["eva_dim"] = 12  # as the data has it
     atomic_write_json(run_dir / "experiment_config.json", {"config": config, "world_size": 2, "git": "abc"})

@@ -65,8 +65,21 @@ def test_whoever_waits_says_so_and_goes_on_when_the_other_is_killed(path, holder
 
 
 def test_a_wait_has_an_end(path, holder):
-    with pytest.raises(TrainingError, match=r"has been compiling there for .* s \(train.timeout_seconds\); end it, or"):
+    with pytest.raises(TrainingError, match=r"has been compiling there for 0.3 s; end it, or"):
         CompileLock(str(path), 0.3).try_acquire()
+
+
+def test_without_locks_it_compiles_all_the_same(path, monkeypatch, caplog):
+    def none(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    lock = CompileLock(str(path), 60)
+
+    assert lock.try_acquire()
+
+    lock.release()
+    assert f"{path.parent}: no lock, so two processes may compile there at a time" in caplog.text
 
 
 def test_those_who_wait_hold_it_in_turn(path):

@@ -48,8 +48,9 @@ def launched(monkeypatch, tmp_path) -> list[str]:
     def command(matrix: Matrix, run: PlannedRun, processes: int) -> list[str]:
         names.append(f"{run.name}{' resumed' if run.find() else ''}")
         staged = tmp_path / f"staged_{len([*tmp_path.glob('staged_*')])}"
-        write_run(staged, run, 0.1 * len(names))
-        return ["sh", "-c", f"cp -r {shlex.quote(str(staged))}/. {shlex.quote(str(run.folder))}"]
+        made, begun = write_run(staged, run, 0.1 * len(names)), run.find()
+        what, where = (made / "final_summary.json", begun) if begun else (f"{staged}/.", run.folder)
+        return ["cp", "-r", str(what), str(where)]
 
     monkeypatch.setattr(bench, "training_command", command)
     return names
@@ -81,7 +82,7 @@ def test_a_dry_run_names_runs_and_steps_and_writes_nothing(compare, launched, tm
     compare()
     run_dir = tmp_path / "out/logit/seed_0/clip_repro_20260101_000000"
     (run_dir / "final_summary.json").unlink()
-    (run_dir / "checkpoints/step_00000003").mkdir()
+    (run_dir / "checkpoints/step_00000004").rename(run_dir / "checkpoints/step_00000003")
 
     status, planned = compare("--dry_run")
 
@@ -105,6 +106,60 @@ def test_variants_that_differ_in_their_evaluation_alone_share_a_training(compare
     assert config["train"]["output_dir"] == str(of_b.parent)
     assert compare(**changes)[0] == 0  # what is saved is what is planned
     assert len(launched) == 3
+
+
+SHARED = {"variants": {"a": {}, "b": {"eval.sampler.steps": 7}}, "seeds": [0]}
+
+
+def test_a_shared_training_that_was_copied_in_part_is_copied_again(compare, launched, tmp_path):
+    left = tmp_path / "out/b/seed_0/.clip_repro_20260101_000000/half"
+    left.mkdir(parents=True)
+
+    assert compare(**SHARED)[0] == 0
+
+    assert launched == ["a/seed_0", "b/seed_0 resumed"]
+    assert not left.parent.exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_checkpoints_of_a_shared_training_are_linked_or_where_that_cannot_be_copied(
+    compare, launched, tmp_path, monkeypatch, links
+):
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(bench.os, "link", refuse)
+
+    assert compare(**SHARED)[0] == 0
+
+    assert launched == ["a/seed_0", "b/seed_0 resumed"]
+    weights = [
+        tmp_path / "out" / name / "seed_0/clip_repro_20260101_000000/checkpoints/step_00000004/model.safetensors"
+        for name in "ab"
+    ]
+    assert weights[1].read_bytes() == b"weights"
+    assert weights[0].samefile(weights[1]) == links
+
+
+def remove_checkpoints(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "checkpoints")
+
+
+def damage_checkpoint(run_dir: Path) -> None:
+    (run_dir / "checkpoints/step_00000004/model.safetensors").write_bytes(b"weightz")
+
+
+@pytest.mark.parametrize("spoil", [remove_checkpoints, damage_checkpoint])
+def test_where_a_training_can_no_longer_be_shared_a_variant_has_its_own(compare, launched, tmp_path, caplog, spoil):
+    assert compare(variants={"a": {}}, seeds=[0])[0] == 0
+    spoil(tmp_path / "out/a/seed_0/clip_repro_20260101_000000")
+
+    assert compare(**SHARED)[0] == 0
+
+    assert launched == ["a/seed_0", "b/seed_0"]
+    assert "b/seed_0 trains for itself" in caplog.text or spoil is remove_checkpoints
+    assert not list((tmp_path / "out/b/seed_0").glob(".clip*"))
 
 
 def test_without_a_finished_training_to_share_a_variant_has_its_own(compare, launched, monkeypatch):

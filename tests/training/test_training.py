@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -280,18 +282,27 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(embeddings, tmp_path, launc
     events = [path for path in after.keys() - before.keys() if path.parent.name == "tensorboard"]
     assert {path: content for path, content in after.items() if path not in events} == before
 
+    again = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2, "eval.num_samples": 2}, "--resume")
+
+    assert again.returncode == 0, again.output
+    assert "is finished" not in again.output
+    [result] = json.loads((first.run_dir / "final_summary.json").read_text())["evaluation"].values()
+    assert result["samples_per_image"] == 2
+
 
 def test_a_run_that_another_process_trains_is_not_resumed(embeddings, tmp_path, launch):
     first = launch(embeddings, tmp_path / "out", None, {"train.max_steps": 2})
     (first.run_dir / "final_summary.json").unlink()
     before = everything_in(first.run_dir)
 
+    assert re.fullmatch(rf"process \d+ on {socket.gethostname()}", (first.run_dir / LOCK).read_text())
     with FileLock(first.run_dir / LOCK):
         settings = {"train.max_steps": 2, "train.timeout_seconds": 10}
         run = launch(embeddings, tmp_path / "out", 2, settings, "--resume")
 
     assert run.returncode == 1
-    assert f"{first.run_dir}: another process trains into it; wait for its end" in run.output
+    assert f"{first.run_dir}: process" in run.output
+    assert "trains into it; wait for its end, or end it" in run.output
     assert everything_in(first.run_dir) == before
 
 

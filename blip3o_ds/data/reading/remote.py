@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import fsspec  # type: ignore[import-untyped]  # it has no stubs
 
@@ -56,11 +56,11 @@ def linked_location(base: str, of: str) -> str:
     """
     if is_remote(of):
         trusted = os.environ.get(TRUSTED_URLS, "").split()
-        if _host(of) == _host(base) or any(_is_below(of, url) for url in trusted):
+        if (is_remote(base) and _host(of) == _host(base)) or any(_is_below(of, url) for url in trusted):
             return of
         raise DataError(
             f"{base}: its manifest reads samples from {of}, which is elsewhere; if you trust that dataset, set the "
-            f"environment variable {TRUSTED_URLS}={of}"
+            f"environment variable {TRUSTED_URLS}={_one_word(of)}"
         )
     if base.startswith(_PIPE):
         raise DataError(
@@ -79,11 +79,21 @@ def _host(url: str) -> str:
         scheme, host = urlsplit(url)[:2]
     except ValueError as error:  # of a host in brackets
         raise DataError(f"{url}: not a URL ({error})") from None
+    if not scheme:  # it holds a character that no scheme has
+        raise DataError(f"{url}: not a URL")
     return f"{scheme}://{host}"
 
 
 def _is_below(url: str, parent: str) -> bool:
-    return url == parent or (url.startswith(parent.rstrip("/") + "/") and ".." not in url.split("/"))
+    url, parent = _one_word(url), parent.rstrip("/")
+    parts = urlsplit(url)
+    climbs = ".." in unquote(parts.path).split("/") or parts.query or parts.fragment
+    return url == parent or (url.startswith(parent + "/") and not climbs)
+
+
+def _one_word(url: str) -> str:
+    """As it stands in the environment variable."""
+    return url.replace(" ", "%20")
 
 
 class RemoteFolder:
