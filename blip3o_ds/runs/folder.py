@@ -5,7 +5,9 @@ Training writes these files and evaluation reads them; neither spells a name for
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,17 @@ FINAL_SUMMARY = "final_summary.json"
 
 
 def create_run(output_dir: Path, config: RunConfig, environment: dict[str, Any]) -> Path:
-    """Make `output_dir/clip_repro_YYYYMMDD_HHMMSS`, with the settings and `environment` in `experiment_config.json`."""
-    folder = output_dir / datetime.datetime.now().strftime("clip_repro_%Y%m%d_%H%M%S")
-    folder.mkdir(parents=True)
+    """Make `output_dir/clip_repro_YYYYMMDD_HHMMSS`, with the settings and `environment` in `experiment_config.json`.
+
+    Of runs that begin in the same second, the later ones have `_002`, `_003`, ... behind that name.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    first = output_dir / datetime.datetime.now().strftime("clip_repro_%Y%m%d_%H%M%S")
+    for number in itertools.count(1):
+        folder = first if number == 1 else first.with_name(f"{first.name}_{number:03d}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
     atomic_write_json(folder / RUN_CONFIG, {"config": config.model_dump(mode="json"), **environment})
     return folder
 

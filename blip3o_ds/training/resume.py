@@ -119,11 +119,14 @@ def describe_environment() -> dict[str, Any]:
     """Versions, machine and git state, stored with a run's settings."""
     root = Path(blip3o_ds.__file__).parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
     cpu = platform.processor() or platform.machine()
     return {
         "versions": package_versions(),
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "world_size": dist.get_world_size(),
         "threads_per_rank": torch.get_num_threads(),

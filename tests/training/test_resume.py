@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import subprocess
 
 import pytest
 
 from blip3o_ds.config import SETTINGS, load_run_config
 from blip3o_ds.errors import CheckpointError, ConfigError
-from blip3o_ds.training.resume import prepare_run_dir, resumed_config
+from blip3o_ds.runs.folder import create_run, find_runs
+from blip3o_ds.training.resume import describe_environment, prepare_run_dir, resumed_config
 from tests.training.conftest import small_config
 
 
@@ -28,6 +31,36 @@ def test_settings_that_are_not_as_they_were_written_are_a_clear_error(tmp_path, 
 
     with pytest.raises(CheckpointError, match=f"experiment_config.json.*{problem}"):
         resumed_config(config, str(tmp_path))
+
+
+def test_runs_that_begin_in_the_same_second_have_their_own_folders(tmp_path, monkeypatch):
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls) -> datetime.datetime:
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("blip3o_ds.runs.folder.datetime.datetime", Clock)
+    made = [create_run(tmp_path / "new" / "runs", small_config(2), {"number": number}) for number in range(3)]
+
+    assert [path.name for path in made] == [f"clip_repro_20260102_030405{end}" for end in ("", "_002", "_003")]
+    assert find_runs(tmp_path / "new" / "runs") == made
+    assert [json.loads((path / "experiment_config.json").read_text())["number"] for path in made] == [0, 1, 2]
+
+
+def test_an_output_folder_that_is_a_file_is_an_error_and_no_endless_search(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/x", "dangling"):
+        with pytest.raises(OSError, match=name):
+            create_run(tmp_path / name, small_config(2), {})
+
+
+def test_a_machine_without_git_trains_all_the_same(one_rank, monkeypatch):
+    def none(*_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "git")
+
+    monkeypatch.setattr(subprocess, "run", none)
+    assert describe_environment()["git"] is None
 
 
 def test_a_run_is_found_again_by_latest(one_rank, tmp_path):
