@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from blip3o_ds.commands.data import add_data_commands
 from blip3o_ds.commands.inference import add_inference_commands
@@ -37,6 +38,22 @@ def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser
     return 0
 
 
+def command(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command, and end the process with its exit status.
+
+    A rank that fails leaves threads of its process group; in the interpreter's own end they may abort the process,
+    whose status then is 134, and a job script takes wrong settings for a failure that another start may mend.
+    """
+    status = main(arguments)
+    distributed = sys.modules.get("torch.distributed")
+    if status and distributed is not None and distributed.is_initialized():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="blip3o-ds", description="Train DiTs that generate CLIP embeddings from EVA.")
@@ -50,4 +67,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

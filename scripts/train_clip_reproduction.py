@@ -6,7 +6,7 @@ deepspeed scripts/train_clip_reproduction.py --chunked_embeddings_dir D --output
 
 import sys
 
-from blip3o_ds.cli import main
+from blip3o_ds.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    command(["train", *sys.argv[1:]])

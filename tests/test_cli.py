@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blip3o_ds import cli
 from blip3o_ds.cli import build_parser, main
 from blip3o_ds.config import SETTINGS, load_run_config
 from blip3o_ds.data.reading.dataset import EmbeddingDataset
@@ -262,3 +263,38 @@ def test_one_problem_is_one_problem(capsys, tmp_path, content, found):
 
     assert main(["data", "verify", str(tmp_path)]) == 1
     assert found in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("joined", "status"), [(True, 2), (True, 1), (True, 0), (False, 2), (False, 0)])
+def test_a_rank_that_fails_leaves_nothing_to_the_interpreters_end(monkeypatch, joined, status):
+    """There the threads of its process group may abort the process, with another status."""
+    ended = []
+
+    def end(found: int) -> None:
+        ended.append(found)
+        raise KeyboardInterrupt  # the process is gone
+
+    monkeypatch.setattr(cli, "main", lambda arguments: status)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
+    monkeypatch.setattr(cli.logging, "shutdown", lambda: None)  # which would close the tests' own handlers
+    monkeypatch.setattr(cli.os, "_exit", end)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as stopped:
+        cli.command([])
+
+    if joined and status:
+        assert ended == [status]
+    else:
+        assert (ended, stopped.value.code) == ([], status)
+
+
+@pytest.mark.slow
+def test_a_wrong_output_folder_is_found_when_the_ranks_have_met_and_ends_with_its_status(trained):
+    (trained / "file").touch()
+    for _ in range(3):
+        command = train_command(trained / "train", trained / "file" / "x", None, {}, [])
+        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=300, check=False)
+
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "terminate called" not in done.stdout + done.stderr
+        assert f"Not a directory: '{trained / 'file' / 'x'}'" in done.stderr
