@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from operator import attrgetter
@@ -33,9 +34,9 @@ def add_training_commands(commands: Any) -> None:
     add_config_flags(p)
     add_setting(p, "model.token_layout")
     add_setting(p, "train.activation_checkpointing", "--activation_checkpointing")
-    p.add_argument("--batch_size", type=int, metavar="N", help="samples per GPU and forward pass, 32 by default")
-    p.add_argument("--gpus", type=int, default=1, metavar="N")
-    p.add_argument("--gpu_memory_gb", type=float, default=80, metavar="X", help="of one GPU, for the recommendation")
+    p.add_argument("--batch_size", type=_positive, metavar="N", help="samples per GPU and forward pass, 32 by default")
+    p.add_argument("--gpus", type=_positive, default=1, metavar="N")
+    p.add_argument("--gpu_memory_gb", type=_size, default=80, metavar="X", help="of one GPU, for the recommendation")
     p.add_argument("--zero_stage", type=int, default=2, choices=[0, 1, 2, 3])
 
     p = add_command(commands, "compare", run_compare, "finished runs side by side, or the runs of a matrix of settings")
@@ -182,5 +183,12 @@ def run_slurm_render(args: argparse.Namespace) -> dict[str, Any]:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return value
+
+
+def _size(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
     return value

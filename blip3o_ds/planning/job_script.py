@@ -11,6 +11,7 @@ from pathlib import Path
 
 from blip3o_ds.errors import ConfigError
 
+_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", re.IGNORECASE)
 TEMPLATE = Path(__file__).parent.parent.parent / "scripts" / "train_clip_repro.job"
 
 
@@ -29,6 +30,10 @@ def render_job(directives: Mapping[str, object], settings: Mapping[str, object],
     for name, value in given.items():
         if re.search(r"\s", str(value)) or value == "":
             raise ConfigError(f"--{name} {str(value)!r}: expected a single word")
+        if name == "time" and not _TIME.fullmatch(str(value)):
+            raise ConfigError(
+                f"--time {str(value)!r}: expected a limit as sbatch takes it: minutes, H:MM:SS or D-HH:MM"
+            )
         text = _replace_line(text, rf"##?SBATCH --{re.escape(name)}=.*", f"#SBATCH --{name}={value}")
     for name, value in settings.items():
         if value is not None:

@@ -45,6 +45,27 @@ def test_a_value_that_sbatch_would_cut_is_refused():
         render_job({"account": "my group"}, {})
 
 
+@pytest.mark.parametrize("time", ["30", "30:00", "2:30:00", "1-0", "1-12:30", "1-12:30:00", "UNLIMITED"])
+def test_a_time_limit_is_as_sbatch_takes_it(time):
+    assert f"#SBATCH --time={time}" in changed_lines(render_job({"time": time}, {}))
+
+
+@pytest.mark.parametrize("time", ["tomorrow", "2h", "1:2:3:4", "-1", "1-"])
+def test_another_time_limit_is_refused(time):
+    with pytest.raises(ConfigError, match=f"--time '{time}': expected a limit as sbatch takes it"):
+        render_job({"time": time}, {})
+
+
+@pytest.mark.parametrize("flag", ["--gpus", "--batch_size", "--gpu_memory_gb"])
+@pytest.mark.parametrize("value", ["0", "-4", "nan", "many"])
+def test_a_plan_for_nothing_is_refused(flag, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", flag, value])
+
+    assert stopped.value.code == 2
+    assert f"argument {flag}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["train_clip_repro", "extract_embeddings", "evaluate"])
 def test_the_job_scripts_are_bash(name):
     checked = subprocess.run(["bash", "-n", TEMPLATE.with_name(f"{name}.job")], capture_output=True, text=True)
