@@ -140,6 +140,8 @@ def read_yaml(path: Path, kind: str, schema: type[BaseModel]) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {kind} file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a {kind} file, which cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file: {error}") from None
     if content is not None and not isinstance(content, dict):

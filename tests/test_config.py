@@ -177,6 +177,11 @@ def test_what_is_given_is_known_and_a_preset_gives_no_dims():
         assert given & {name.rpartition(".")[2] for name, s in SETTINGS.items() if s.from_data} == {"eva_dim"}
 
 
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match=f"{tmp_path}: expected a configuration file, which cannot be read: Is a dir"):
+        load_run_config("demo", tmp_path)
+
+
 def test_the_printed_configuration_is_a_file_with_the_same_settings(tmp_path):
     config = load_run_config("demo", overrides=["data.eval_dirs=[a, b]", "eval.sampler.steps=3"])
     file = tmp_path / "run.yaml"

@@ -20,6 +20,9 @@ from blip3o_ds.errors import ConfigError, TrainingError
 from blip3o_ds.slurm import Place, required, step_place
 from blip3o_ds.training.compiling import use_compile_lock
 
+_LAUNCHER = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+_MPI_SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"
+
 
 def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes (see `rendezvous`): `(rank, world, device)`.
@@ -55,12 +58,22 @@ def init_distributed(timeout_seconds: float) -> tuple[int, int, torch.device]:
 def rendezvous(environment: Mapping[str, str], num_devices: int) -> dict[str, str]:
     """The variables to add to `environment` so that this process can join its group; none under a launcher.
 
-    The process sees `num_devices` accelerators, 0 on CPU. A `ConfigError` names the right way to start under SLURM.
+    The process sees `num_devices` accelerators, 0 on CPU. A `ConfigError` names what is missing of a launcher's
+    variables, and the right way to start under SLURM or MPI: a rank that took itself for the only one would train on
+    its own.
     """
     if "RANK" in environment:
-        return {}
+        return _check_launcher(environment)
     if (place := step_place(environment)) is not None:
         return _slurm_step(environment, place, num_devices)
+    if environment.get("WORLD_SIZE", "1") != "1":
+        return _check_launcher(environment)
+    for name in _MPI_SIZES:
+        if environment.get(name, "1") != "1":
+            raise ConfigError(
+                f"{name} = {environment[name]}: this is one of several processes of an MPI launcher, whose variables "
+                "are not read; use deepspeed, torchrun or srun"
+            )
     if "SLURM_JOB_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         raise ConfigError(
             f"SLURM job {environment['SLURM_JOB_ID']} has SLURM_NTASKS = {environment['SLURM_NTASKS']} tasks, and this "
@@ -68,6 +81,16 @@ def rendezvous(environment: Mapping[str, str], num_devices: int) -> dict[str, st
         )
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
+
+
+def _check_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    if missing := [name for name in _LAUNCHER if not environment.get(name)]:
+        given = ", ".join(f"{name} = {environment[name]}" for name in _LAUNCHER if environment.get(name))
+        raise ConfigError(
+            f"{given}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; a launcher (deepspeed, "
+            "torchrun) sets all of them: unset the variables to train on one process"
+        )
+    return {}
 
 
 def free_port() -> int:

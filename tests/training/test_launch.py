@@ -20,6 +20,8 @@ STEP = {
     "SLURMD_NODENAME": "gpu02",
 }
 
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
+
 
 def test_a_task_of_srun_is_a_rank_and_meets_the_others_on_the_first_host():
     found = rendezvous(STEP, num_devices=2)
@@ -58,7 +60,7 @@ def test_more_tasks_than_gpus_on_a_node_is_refused():
 
 
 def test_a_launcher_that_set_the_rank_is_left_alone():
-    assert rendezvous({**STEP, "RANK": "0"}, num_devices=2) == {}
+    assert rendezvous({**STEP, **LAUNCHED}, num_devices=2) == {}
 
 
 def test_the_batch_script_itself_is_not_taken_for_a_task():
@@ -71,6 +73,32 @@ def test_a_process_on_its_own_is_a_world_of_one(environment):
     found = rendezvous(environment, num_devices=0)
 
     assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+
+
+@pytest.mark.parametrize("missing", list(LAUNCHED))
+@pytest.mark.parametrize("value", ["", None])
+def test_half_of_a_launchers_variables_are_an_error_that_names_the_others(missing, value):
+    environment = {name: text for name, text in LAUNCHED.items() if name != missing}
+    if value is not None:
+        environment[missing] = value
+
+    with pytest.raises(ConfigError, match=rf"RANK = .*but {missing} is not set; a launcher"):
+        rendezvous(environment, num_devices=0)
+
+
+@pytest.mark.parametrize("alone", ["RANK", "WORLD_SIZE"])
+def test_one_of_a_launchers_variables_alone_is_an_error(alone):
+    with pytest.raises(ConfigError, match=rf"{alone} = 2, but .* are not set"):
+        rendezvous({alone: "2"}, num_devices=0)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_one_process_of_several_of_mpi_does_not_train_on_its_own(name):
+    with pytest.raises(ConfigError, match=f"{name} = 2: .*use deepspeed, torchrun or srun"):
+        rendezvous({name: "2"}, num_devices=0)
+    assert rendezvous({name: "1"}, num_devices=0)["WORLD_SIZE"] == "1"
+    assert rendezvous({**LAUNCHED, name: "2"}, num_devices=0) == {}
+    assert rendezvous({**STEP, name: "2"}, num_devices=2)["RANK"] == STEP["SLURM_PROCID"]
 
 
 # As `scontrol show hostnames` expands them; tests/cluster asks it.
