@@ -5,6 +5,7 @@ Only this file touches DeepSpeed's engine object; what others need of it is a me
 
 from __future__ import annotations
 
+import copy
 import datetime
 import math
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
@@ -20,6 +22,7 @@ from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import CheckpointError, ConfigError
 from blip3o_ds.files import read_json
 from blip3o_ds.planning.memory import MAX_BUCKET_ELEMENTS
+from blip3o_ds.settings import nearest
 from blip3o_ds.training.ema import attach_ema
 from blip3o_ds.training.optim import build_optimizer, learning_rate_factor
 from blip3o_ds.training.peers import gather
@@ -59,6 +62,7 @@ class Engine:
         hosts = gather(socket.gethostname())
         ranks_per_node = hosts.count(socket.gethostname())
         settings = resolve_deepspeed_config(train, len(hosts), self.num_parameters, ranks_per_node)
+        check_deepspeed_config(settings, train.deepspeed_config or "DeepSpeed settings")
         zero = settings["zero_optimization"]
         if device.type != "cuda" and zero.get("zero_quantized_weights"):
             raise ConfigError(f"{train.deepspeed_config}: zero_quantized_weights needs CUDA; this run is on the CPU")
@@ -204,6 +208,54 @@ def resolve_deepspeed_config(
     # Our own optimizer everywhere, because it carries the EMA; torch's fused AdamW is vectorised on CPU too.
     settings["zero_force_ds_cpu_optimizer"] = False
     return settings
+
+
+def check_deepspeed_config(settings: dict[str, Any], source: str) -> None:
+    """Raise a `ConfigError` for a key of the file `source` that DeepSpeed does not know, or a value it does not take.
+
+    DeepSpeed refuses an unknown key within a section, and passes over an unknown section.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    asked = _Asked(copy.deepcopy(settings))
+    try:
+        DeepSpeedConfig(asked)
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = str(found["loc"][-1])
+        section = next((name for name, value in settings.items() if isinstance(value, dict) and key in value), "")
+        names = [found.alias or name for name, found in DeepSpeedZeroConfig.model_fields.items()]
+        likely = nearest(key, names) if found["type"] == "extra_forbidden" and section == "zero_optimization" else ""
+        problem = f"is not a key of DeepSpeed's{likely}" if found["type"] == "extra_forbidden" else found["msg"].lower()
+        raise ConfigError(f"{source}: {section}.{key} = {found['input']!r}: {problem}") from None
+    except TypeError as error:  # a section that is no section
+        raise ConfigError(f"{source}: DeepSpeed does not take it: {error}") from None
+    for key in settings.keys() - asked.names:
+        raise ConfigError(f"{source}: {key} is not a key of DeepSpeed's{nearest(key, sorted(asked.names))}")
+
+
+class _Asked(dict[str, Any]):
+    """Settings that note by which names DeepSpeed asks for them, for it has no list of those that it knows."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def keys(self) -> Any:
+        return self  # it is asked whether a name is in them
 
 
 def _fill(settings: dict[str, Any], ours: dict[str, Any], source: str, prefix: str = "") -> None:

@@ -87,7 +87,13 @@ def sole_trainer(folder: Path, wait_seconds: float) -> Iterator[None]:
 def _output_dir(config: RunConfig) -> Path:
     if config.train.output_dir is None:
         raise ConfigError("train.output_dir is not set; give --output_dir DIR, where runs are kept")
-    return Path(config.train.output_dir)
+    output = Path(config.train.output_dir)
+    if set("[]*?") & set(str(output.absolute())):  # the run would train and save
+        raise ConfigError(
+            f"train.output_dir = {output}: DeepSpeed takes a path with one of [ ] * ? for a pattern, and could not "
+            "resume the run; give another folder"
+        )
+    return output
 
 
 def keep_global_batch(config: RunConfig, run_dir: Path, world_size: int) -> RunConfig:

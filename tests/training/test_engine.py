@@ -8,7 +8,7 @@ import pytest
 from blip3o_ds.config import TrainConfig
 from blip3o_ds.errors import ConfigError
 from blip3o_ds.planning.memory import MAX_BUCKET_ELEMENTS
-from blip3o_ds.training.engine import resolve_deepspeed_config
+from blip3o_ds.training.engine import check_deepspeed_config, resolve_deepspeed_config
 from blip3o_ds.training.optim import SCHEDULES, check_names, learning_rate_factor
 from tests.conftest import PROJECT
 
@@ -68,6 +68,46 @@ def test_a_value_where_an_object_belongs_is_refused_with_file_and_key(tmp_path, 
 
     with pytest.raises(ConfigError, match=rf"ds\.json: {key} is {value!r}; expected a JSON object"):
         resolve_deepspeed_config(TrainConfig(deepspeed_config=str(file)), 1, 1000)
+
+
+OTHER_SECTIONS = {
+    "activation_checkpointing": {"partition_activations": True},
+    "flops_profiler": {"enabled": False},
+    "comms_logger": {"enabled": False},
+    "tensorboard": {"enabled": False},
+    "wall_clock_breakdown": False,
+    "aio": {"block_size": 1048576},
+}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_deepspeed_knows_every_key_of_the_shipped_files_and_of_its_other_sections(one_rank, file):
+    settings = resolve_deepspeed_config(TrainConfig(deepspeed_config=str(file)), 1, 1000)
+    check_deepspeed_config({**settings, **OTHER_SECTIONS}, str(file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation is not a key .* did you mean zero_optimization?"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping is not a key .* did you mean gradient_clipping?"),
+        ({"zero_optimization": {"stage": 7}}, r"zero_optimization.stage = 7: input should be 0, 1, 2"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 9}},
+            "zero_optimization.reduce_bucket_sise = 9: is not a key of DeepSpeed's.* did you mean reduce_bucket_size",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 9}},
+            "zero_optimization.stage3_prefetch_bucket = 9: .* did you mean stage3_prefetch_bucket_size",
+        ),
+        ({"tensorboard": {"enabled": True, "place": "x"}}, "tensorboard.place = 'x': is not a key of DeepSpeed's"),
+        ({"bf16": True}, "DeepSpeed does not take it: .*BF16"),
+    ],
+)
+def test_a_key_or_value_that_deepspeed_does_not_take_is_refused(one_rank, changes, message):
+    settings = resolve_deepspeed_config(TrainConfig(), 1, 1000)
+    with pytest.raises(ConfigError, match=f"^my.json: {message}"):
+        check_deepspeed_config({**settings, **changes}, "my.json")
 
 
 def test_an_optimizer_in_the_file_is_refused(tmp_path):

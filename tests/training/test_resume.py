@@ -47,6 +47,14 @@ def test_runs_that_begin_in_the_same_second_have_their_own_folders(tmp_path, mon
     assert [json.loads((path / "experiment_config.json").read_text())["number"] for path in made] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["runs[1]", "a*b", "what?", "lr[1]/runs"])
+def test_an_output_folder_that_is_a_pattern_is_refused(one_rank, tmp_path, name):
+    config = small_config(2, **{"train.output_dir": str(tmp_path / name)})
+    with pytest.raises(ConfigError, match=r"train.output_dir = .*for a pattern, and could not resume the run"):
+        prepare_run_dir(config, None)
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_output_folder_that_is_a_file_is_an_error_and_no_endless_search(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
