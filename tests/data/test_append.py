@@ -59,6 +59,24 @@ def test_appending_gives_what_writing_all_at_once_gives(tmp_path):
     assert (dst / "shard_00002.tar").samefile(tmp_path / "b" / "shard_00000.tar")
 
 
+def test_shards_that_are_symbolic_links_are_appended_themselves(tmp_path):
+    """As a snapshot of the hub's cache has them: `shard.tar -> ../blobs/3f2a`."""
+    blobs = write(tmp_path / "blobs", range(6, 12))
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    dst = write(tmp_path / "dst", range(6))
+
+    append(dst, [snapshot])
+
+    assert not any(path.is_symlink() for path in dst.iterdir())
+    for path in snapshot.iterdir():
+        path.unlink()
+    assert verify(dst).problems == []
+    assert len(EmbeddingDataset(dst)) == 12
+
+
 def test_shards_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EXDEV, "Invalid cross-device link")

@@ -125,6 +125,7 @@ def _merge(folder: Path, own: Manifest, added: Sequence[_Set], placed: list[Path
 
 def _link_or_copy(source: Path, target: Path, sha256: str | None = None) -> None:
     target.unlink(missing_ok=True)  # of an append that was killed: the manifest does not name it
+    source = source.resolve(strict=True)  # a link to a symbolic link would depend on the folder that it is in
     try:
         os.link(source, target)
         return
