@@ -123,7 +123,11 @@ class DataConfig(Section):
     """What is read, and in which order."""
 
     train_dir: str | None = setting(
-        None, "the training set, a folder or URL", flag="--chunked_embeddings_dir DIR", aliases="data data_dir dataset"
+        None,
+        "the training set, a folder or URL; of a resumed run the same, wherever it lies now",
+        flag="--chunked_embeddings_dir DIR",
+        aliases="data data_dir dataset",
+        may_change=True,
     )
     eval_dirs: tuple[str, ...] = setting(
         (), "held-out sets, each named by its path's last part", aliases="eval_dir val_dir val_dirs", may_change=True

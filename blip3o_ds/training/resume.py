@@ -30,6 +30,8 @@ from blip3o_ds.training.peers import on_rank_zero
 
 logger = logging.getLogger(__name__)
 
+TRAIN_DATA = "train_data"  # in the run's configuration file: the digest of the training set's manifest
+
 
 def resumed_config(given: RunConfig, resume: str) -> tuple[RunConfig, Path]:
     """The settings of the run to resume, changed by those that `given` states, and its folder.
@@ -48,9 +50,19 @@ def resumed_config(given: RunConfig, resume: str) -> tuple[RunConfig, Path]:
     return config, folder
 
 
-def prepare_run_dir(config: RunConfig, resumed: Path | None) -> Path:
-    """The folder of the run that is resumed, or a new one in `train.output_dir`; every rank calls it."""
-    folder = on_rank_zero(lambda: resumed or create_run(_output_dir(config), config, describe_environment()))
+def prepare_run_dir(config: RunConfig, resumed: Path | None, data: str) -> Path:
+    """The folder of the run that is resumed, or a new one in `train.output_dir`; every rank calls it.
+
+    `data` is the digest of the training set's manifest; a `ConfigError` says that it is not that of the resumed run.
+    """
+
+    def prepare() -> Path:
+        if resumed is None:
+            return create_run(_output_dir(config), config, {**describe_environment(), TRAIN_DATA: data})
+        _check_same_data(config, resumed, data)
+        return resumed
+
+    folder = on_rank_zero(prepare)
     if resumed and resumed != folder:
         found = f"rank {dist.get_rank()} finds {resumed} to resume, rank 0 {folder}"
         raise CheckpointError(f"{found}; name the run: --resume {folder}")
@@ -147,6 +159,18 @@ def package_versions() -> dict[str, str]:
         "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
     }
+
+
+def _check_same_data(config: RunConfig, run_dir: Path, data: str) -> None:
+    saved, content = read_run_config(run_dir)
+    before, now = saved.data.train_dir, config.data.train_dir
+    # Runs of before the digest was kept are known by the path.
+    if data != content[TRAIN_DATA] if TRAIN_DATA in content else before != now:
+        raise ConfigError(
+            f"data.train_dir = {now} does not hold the samples with which {run_dir} began ({before}): its manifest "
+            "lists other shards; give the dataset as it was (damage in it can be skipped: data.on_bad_shard = skip), "
+            "or begin another run"
+        )
 
 
 def _read_run(run_dir: Path) -> tuple[RunConfig, int]:

@@ -81,7 +81,7 @@ def setup(config: RunConfig, resume: str | None) -> Iterator[Run]:
         bad_samples = BadSamples(config.data.on_bad_sample, config.data.on_bad_shard)
         dataset = open_train_data(config, bad_samples)
         config = with_dims_of(config, dataset)
-        folder = prepare_run_dir(config, resumed)
+        folder = prepare_run_dir(config, resumed, dataset.manifest.digest)
         stack.enter_context(sole_trainer(folder, min(2 * SILENCE_SECONDS, config.train.timeout_seconds / 2)))
         setup_logging(rank, folder / LOG)
         bad_samples.write_to(folder / BAD_SAMPLES, rank)

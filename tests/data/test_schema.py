@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from blip3o_ds.data.format.index import ShardIndex, index_path
-from blip3o_ds.data.format.manifest import Manifest
+from blip3o_ds.data.format.manifest import Manifest, Selection
 from blip3o_ds.data.format.schema import DatasetSpec
 from blip3o_ds.errors import DataError
 
@@ -44,6 +46,28 @@ def test_a_manifest_survives_saving_and_loading(dataset_dir, tmp_path):
     assert again.num_samples == 6
     assert again.stats["eva"].mean.tolist() == manifest.stats["eva"].mean.tolist()
     assert again.stats["clip"].var.tolist() == manifest.stats["clip"].var.tolist()
+
+
+def test_a_digest_is_of_the_samples_and_not_of_their_place_or_statistics(dataset_dir, tmp_path):
+    folder = dataset_dir(6)
+    manifest, moved = Manifest.load(folder), Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert Manifest.load(moved).digest == manifest.digest
+    assert replace(manifest, stats={}, extra={"a": 1}).digest == manifest.digest
+
+    first, *rest = manifest.shards
+    train, evaluation = (Selection("../whole", 0.5, part) for part in ("train", "eval"))
+    others = [
+        replace(manifest, shards=(*rest, first)),
+        replace(manifest, shards=tuple(rest)),
+        replace(manifest, shards=(replace(first, sha256="0" * 64), *rest)),
+        replace(manifest, spec=replace(manifest.spec, view_separator="_")),
+        replace(manifest, selection=train),
+        replace(manifest, selection=evaluation),
+        replace(manifest, selection=replace(train, fraction=0.25)),
+    ]
+    assert len({manifest.digest, *(other.digest for other in others)}) == 1 + len(others)
+    elsewhere = replace(manifest, selection=replace(train, of="/elsewhere"))
+    assert elsewhere.digest == replace(manifest, selection=train).digest
 
 
 def test_a_missing_manifest_names_the_commands_that_make_one(tmp_path):

@@ -51,7 +51,7 @@ def test_runs_that_begin_in_the_same_second_have_their_own_folders(tmp_path, mon
 def test_an_output_folder_that_is_a_pattern_is_refused(one_rank, tmp_path, name):
     config = small_config(2, **{"train.output_dir": str(tmp_path / name)})
     with pytest.raises(ConfigError, match=r"train.output_dir = .*for a pattern, and could not resume the run"):
-        prepare_run_dir(config, None)
+        prepare_run_dir(config, None, "digest")
     assert not any(tmp_path.iterdir())
 
 
@@ -73,7 +73,7 @@ def test_a_machine_without_git_trains_all_the_same(one_rank, monkeypatch):
 
 def test_a_run_is_found_again_by_latest(one_rank, tmp_path):
     config = small_config(2, **{"train.output_dir": str(tmp_path)})
-    run_dir = prepare_run_dir(config, None)
+    run_dir = prepare_run_dir(config, None, "digest")
 
     assert resumed_config(config, "latest") == (config, run_dir)
     assert json.loads((run_dir / "experiment_config.json").read_text())["world_size"] == 1
@@ -83,7 +83,7 @@ def test_a_run_is_found_again_by_latest(one_rank, tmp_path):
 def run_dir(one_rank, tmp_path):
     """A run that began with settings of its own."""
     given = {"train.output_dir": str(tmp_path), "train.seed": 7, "train.log_every": 3, "data.train_dir": "somewhere"}
-    return prepare_run_dir(small_config(2, **given), None)
+    return prepare_run_dir(small_config(2, **given), None, "digest")
 
 
 def test_a_run_is_resumed_with_its_own_settings_and_what_is_given_on_top(run_dir):
@@ -108,6 +108,31 @@ def test_a_setting_that_decides_the_remaining_steps_may_not_change(run_dir, over
         resumed_config(load_run_config(None, overrides=[override]), str(run_dir))
 
 
+def test_a_dataset_may_lie_elsewhere_and_must_be_the_same(run_dir):
+    elsewhere = load_run_config(None, overrides=["data.train_dir=elsewhere"])
+    config, found = resumed_config(elsewhere, str(run_dir))
+
+    assert config.data.train_dir == "elsewhere"
+    assert prepare_run_dir(config, found, "digest") == run_dir
+    with pytest.raises(
+        ConfigError, match=rf"data.train_dir = elsewhere does not hold .* {run_dir} began \(somewhere\)"
+    ):
+        prepare_run_dir(config, found, "another")
+
+
+def test_a_run_from_before_digests_knows_its_dataset_by_the_path(run_dir):
+    file = run_dir / "experiment_config.json"
+    content = json.loads(file.read_text())
+    del content["train_data"]
+    file.write_text(json.dumps(content))
+
+    config, found = resumed_config(load_run_config(None, overrides=[]), str(run_dir))
+    assert prepare_run_dir(config, found, "any") == run_dir
+    config, found = resumed_config(load_run_config(None, overrides=["data.train_dir=elsewhere"]), str(run_dir))
+    with pytest.raises(ConfigError, match="does not hold the samples"):
+        prepare_run_dir(config, found, "any")
+
+
 def test_the_newest_run_is_looked_for_in_the_output_folder_that_is_given():
     with pytest.raises(ConfigError, match="give --output_dir"):
         resumed_config(load_run_config(None), "latest")
@@ -117,7 +142,7 @@ def test_exactly_these_settings_are_fixed_when_a_run_is_resumed():
     fixed = {name for name, setting in SETTINGS.items() if not setting.may_change}
 
     assert {name for name in fixed if not name.startswith(("model.", "flow."))} == {
-        *("data.train_dir", "data.normalization", "data.max_shards", "data.window_shards"),
+        *("data.normalization", "data.max_shards", "data.window_shards"),
         *("train.optimizer", "train.schedule"),
         *("train.learning_rate", "train.min_lr_ratio", "train.warmup_steps", "train.weight_decay", "train.adam_beta1"),
         *("train.adam_beta2", "train.adam_eps", "train.max_grad_norm", "train.precision", "train.ema_decay"),

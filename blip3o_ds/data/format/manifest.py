@@ -6,6 +6,7 @@ It is written last, so a folder with a manifest is complete and one without is n
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -115,6 +116,13 @@ class Manifest:
     @cached_property
     def num_samples(self) -> int:
         return sum(shard.num_samples for shard in self.shards)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what a reader finds, samples and their order: the same wherever the dataset lies."""
+        selected = self.selection and [self.selection.fraction, self.selection.part]
+        content = [self.spec.to_dict(), [[info.sha256, info.num_samples] for info in self.shards], selected]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def rows(self, keys: Sequence[str]) -> Sequence[int]:
         """Indices into the `keys` of a shard of the samples that belong to the dataset: all, or those selected."""
