@@ -15,7 +15,7 @@ from torch import Tensor
 FIRST_PENALTY = 1e-1  # relative to the mean eigenvalue of the features' covariance; where the search begins
 PENALTY_STEP = 10**0.5
 PENALTY_STEPS = -14, 6  # down to rounding; up to 100 mean eigenvalues, which leave nothing of the map
-SEARCH_TARGETS = 64  # random directions in which penalties are compared; solving for 1024 takes three times as long
+SEARCH_TARGETS = 512  # directions in which penalties are compared; with few images fewer choose another penalty
 ROUNDING = 1e-6  # of products in fp32, relative to the mean square of what is multiplied
 
 

@@ -112,6 +112,7 @@ class Calibration(nn.Module):
 
     KNOTS = 9  # over t from 0 to 1
     GAIN_BOUNDS = (0.0, 1.0)  # to which the optimizer clamps it
+    NARROWING_BOUNDS = (0.0, math.inf)  # the prior's variance is that of new images: it is not too small
     RATE = 10.0  # times the learning rate: Adam moves a number by about the rate in a step, and these are near 1
     MEMORY = 0.999  # Adam's beta2: held-out samples at t > 0 are rare, with a short memory each would be a large step
 

@@ -57,7 +57,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.
         betas = (train.adam_beta1, Calibration.MEMORY)
         fast = {"weight_decay": 0.0, "lr": train.learning_rate * Calibration.RATE, "betas": betas}
         groups.append({"params": [module.gain], **fast, "bounds": Calibration.GAIN_BOUNDS})
-        groups.append({"params": [module.narrowing], **fast})
+        groups.append({"params": [module.narrowing], **fast, "bounds": Calibration.NARROWING_BOUNDS})
     optimizer = OPTIMIZERS[train.optimizer](groups, train, fused)
     optimizer.register_step_post_hook(keep_within_bounds)
     return optimizer

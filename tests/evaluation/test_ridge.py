@@ -76,14 +76,14 @@ def test_the_fit_is_the_closed_form_with_the_penalty_that_is_best_on_what_is_lef
 def test_of_many_targets_some_directions_find_a_penalty_as_good_as_all_would(noise):
     rng = np.random.default_rng(2)
     x, _ = tokens(60, noise)
-    y = (x @ rng.standard_normal((FEATURES, 200)) + noise * rng.standard_normal((60, 200))).astype(np.float32)
+    y = (x @ rng.standard_normal((FEATURES, 800)) + noise * rng.standard_normal((60, 800))).astype(np.float32)
     folds = np.arange(60) % FOLDS
 
     fit = fit_ridge(sums_of(x, y, folds))
 
     errors = [(residuals(x, y, folds, penalty) ** 2).sum() for penalty in PENALTIES]
     found = (residuals(x, y, folds, relative_penalty(fit, x)) ** 2).sum()
-    assert found <= 1.005 * min(errors)
+    assert found <= 1.001 * min(errors)
     assert max(errors) > 1.05 * min(errors)  # another penalty would not do
     assert fit.r2 == pytest.approx(1 - found / ((y - y.mean(0)) ** 2).sum(), abs=1e-5)  # of all targets
 
