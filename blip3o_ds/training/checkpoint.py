@@ -183,14 +183,16 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     """Restore the engine (weights, moments, EMA, schedule) and this rank's RNG state; every rank must call it.
 
     The checkpoint may be of another number of ranks or another ZeRO stage. Its files must have been verified.
-    A `CheckpointError` says that DeepSpeed cannot load or convert it.
+    A `CheckpointError` says that DeepSpeed cannot load or convert it, or that a file holds more than data.
     """
+    from blip3o_ds.training.snapshot import read_file
+
     if (checkpoint.world_size, checkpoint.zero_stage) == (dist.get_world_size(), engine.zero_stage):
         engine.load(checkpoint.path)
     else:
         load_elastic(engine, checkpoint)
     writer = dist.get_rank() % checkpoint.world_size
-    rng = torch.load(checkpoint.path / f"rng_rank_{writer:05d}.pt", weights_only=True)
+    rng = read_file(checkpoint.path / f"rng_rank_{writer:05d}.pt")
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])

@@ -73,7 +73,11 @@ def _universal(folder: Path, target: Path) -> Moment:
 
 
 def _convert(folder: Path, target: Path) -> None:
-    """DeepSpeed's own converter; it unpickles freely, so only a folder that matched its seal may come here."""
+    """DeepSpeed's own converter; it unpickles freely, so every file is first read in a way that runs no code."""
+    from blip3o_ds.training.snapshot import read_file  # imports deepspeed
+
+    for file in sorted(folder.glob("**/*.pt")):
+        read_file(file, "meta")
     settings = argparse.Namespace(
         input_folder=str(folder),
         output_folder=str(target),

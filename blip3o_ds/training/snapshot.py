@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from blip3o_ds.errors import CheckpointError
 from blip3o_ds.files import HashingFile, sha256_file
 
 ADMITTED = [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
@@ -40,14 +43,31 @@ class SnapshotEngine(CheckpointEngine):
         return taken
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(ADMITTED):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return read_file(path, map_location)
 
     def commit(self, info: Any) -> bool:
         return True
 
     def preserves_storage_sharing(self) -> bool:
         return False  # every tensor is copied separately
+
+
+def read_file(path: str | Path, map_location: Any = None) -> Any:
+    """What torch.save wrote, without running code from it; a `CheckpointError` if it holds more than is admitted."""
+    try:
+        with torch.serialization.safe_globals(ADMITTED):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises anything
+        if not isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(f"{path}: is not what torch.save writes ({error!r})") from None
+        # Not all of PyTorch's message, which advises to load the file whatever it does.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path}: holds more than tensors and plain values{f' ({found[1]})' if found else ''} and is not read, as "
+            "reading could run code; this project did not write it, so do not trust the run"
+        ) from None
 
 
 def copy_to_host(value: Any) -> Any:

@@ -51,7 +51,7 @@ def test_every_stage_goes_on_where_every_other_stopped(trainee, tmp_path, before
 
 def test_a_conversion_that_fails_is_a_clear_error_and_leaves_nothing_behind(trainee, tmp_path):
     checkpoint = written_by_after_a_step(trainee(1), tmp_path)
-    next(checkpoint.path.glob("*optim_states.pt")).write_bytes(b"not a checkpoint")
+    torch.save({"not": "a checkpoint"}, next(checkpoint.path.glob("*optim_states.pt")))
 
     other = trainee(2)
     CheckpointWriter(other.engine, tmp_path, with_ema=True, keep_last=1)
@@ -64,6 +64,40 @@ def test_a_conversion_that_fails_is_a_clear_error_and_leaves_nothing_behind(trai
 def written_by_after_a_step(learner, folder):
     learner.step(0)
     return written_by(learner, folder)
+
+
+class Code:
+    """A pickle of it makes the file `canary` where it is read freely."""
+
+    canary = ""
+
+    def __reduce__(self):
+        return open, (self.canary, "w")
+
+
+@pytest.mark.parametrize("stage", [1, 2])  # the one that wrote the checkpoint, and one to convert for
+@pytest.mark.parametrize("pattern", ["*optim_states.pt", "*model_states.pt", "rng_rank_*.pt"])
+def test_code_in_a_file_of_a_checkpoint_is_not_run(trainee, tmp_path, monkeypatch, pattern, stage):
+    checkpoint = written_by_after_a_step(trainee(1), tmp_path / "run")
+    monkeypatch.setattr(Code, "canary", str(tmp_path / "canary"))
+    file = next(checkpoint.path.glob(pattern))
+    content = torch.load(file, weights_only=False)
+    torch.save({**content, "code": Code()}, file)
+
+    other = trainee(stage)
+
+    with pytest.raises(CheckpointError, match=rf"{file.name}: holds more than tensors .*open\) and is not read"):
+        load_checkpoint(other.engine, checkpoint)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\3\4 cut short"])
+def test_a_file_that_torch_did_not_save_is_an_error_of_the_checkpoint(tmp_path, content):
+    from blip3o_ds.training.snapshot import read_file
+
+    (tmp_path / "states.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"states\.pt: "):
+        read_file(tmp_path / "states.pt")
 
 
 @pytest.mark.slow
