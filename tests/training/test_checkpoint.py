@@ -224,9 +224,7 @@ def test_no_code_is_run_from_a_file(tmp_path, capsys):
 
     torch.save({"module": Code()}, tmp_path / "states.pt")
 
-    with pytest.raises(
-        CheckpointError, match=r"states.pt: holds more than tensors and plain values \(print\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"states.pt: holds more than tensors and plain values \(print\)"):
         SnapshotEngine().load(str(tmp_path / "states.pt"))
     assert "code from a file ran" not in capsys.readouterr().out
 
