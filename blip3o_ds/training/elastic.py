@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,40 @@ def _convert(folder: Path, target: Path) -> None:
 
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with silent[0], silent[1], _small_groups():
             ds_to_universal.main(settings)
     except Exception as error:  # DeepSpeed raises anything
         logger.exception("conversion of %s failed", folder)
         raise CheckpointError(
             f"{folder}: DeepSpeed could not convert it to a universal checkpoint: {error!r}"
         ) from None
+
+
+@contextlib.contextmanager
+def _small_groups() -> Iterator[None]:
+    """Let DeepSpeed convert groups of few numbers.
+
+    It takes all of a group's padding off the last rank's part, and fails where the padding is longer than that: with
+    one number on two ranks, or nine on sixteen. Such a part is padding alone.
+    """
+    from deepspeed.checkpoint.constants import GROUP_PADDINGS
+    from deepspeed.checkpoint.zero_checkpoint import ZeROCheckpoint
+
+    strip = ZeROCheckpoint._strip_tensor_paddings
+
+    def strip_at_most_all(self: Any, sd: Any) -> None:
+        states, paddings = self._get_param_group_states(sd), self._get_optimizer_state(sd, GROUP_PADDINGS)
+        for group, state in (states or {}).items() if paddings else ():
+            sizes = [value.numel() for name, value in state.items() if name != "step" and torch.is_tensor(value)]
+            paddings[group] = min([paddings[group], *sizes])
+        strip(self, sd)
+
+    ZeROCheckpoint._strip_tensor_paddings = strip_at_most_all
+    try:
+        yield
+    finally:
+        ZeROCheckpoint._strip_tensor_paddings = strip
 
 
 def _torch_moments(engine: Engine, counters: dict[str, Any]) -> Moment:

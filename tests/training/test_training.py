@@ -354,13 +354,24 @@ def test_a_best_by_the_similarity_of_an_older_version_gives_way_to_the_next_eval
     assert state.best == {"step": 5, "metric": "energy_score", "score": 30.0}
 
 
-def test_resuming_on_data_of_another_size_is_refused_with_both_lengths(tmp_path, launch):
+def test_resuming_on_other_data_is_refused(tmp_path, launch):
+    """By the manifest; a run of before manifests were kept with it, by the lengths."""
     settings = {"train.max_steps": None, "train.num_epochs": 1}  # 16 samples are 4 steps of 4
     first = launch(write_embeddings(tmp_path / "data", 16), tmp_path / "out", None, settings)
     assert first.returncode == 0, first.output
     shutil.rmtree(tmp_path / "data")
     write_embeddings(tmp_path / "data", 24)
 
+    run = launch(tmp_path / "data", tmp_path / "out", None, settings, "--resume")
+
+    assert run.returncode == 2, run.output
+    assert (
+        f"data.train_dir = {tmp_path / 'data'} does not hold the samples with which {first.run_dir} began" in run.output
+    )
+
+    content = json.loads((first.run_dir / "experiment_config.json").read_text())
+    del content["train_data"]
+    (first.run_dir / "experiment_config.json").write_text(json.dumps(content))
     run = launch(tmp_path / "data", tmp_path / "out", None, settings, "--resume")
 
     assert run.returncode == 2, run.output
