@@ -25,8 +25,8 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 cache=${TMPDIR:-/tmp}/blip3o-ds-$(id -un)
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
-versions=$(python -c 'import sys, torch; print(f"torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}")')
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions-$versions}
+own_extensions() { python -c 'from blip3o_ds.training.compiling import extensions_folder as f; print(f())'; }
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(XDG_CACHE_HOME=$cache own_extensions)}
 
 # NCCL. Variables that a module or the caller has set are kept.
 # Report why a connection failed.

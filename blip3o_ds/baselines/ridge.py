@@ -15,7 +15,6 @@ from torch import Tensor
 FIRST_PENALTY = 1e-1  # relative to the mean eigenvalue of the features' covariance; where the search begins
 PENALTY_STEP = 10**0.5
 PENALTY_STEPS = -14, 6  # down to rounding; up to 100 mean eigenvalues, which leave nothing of the map
-SEARCH_TARGETS = 512  # directions in which penalties are compared; with few images fewer choose another penalty
 ROUNDING = 1e-6  # of products in fp32, relative to the mean square of what is multiplied
 
 
@@ -53,11 +52,6 @@ class Sums:
         """The sums of the first features alone."""
         F = num_features
         return Sums(self.count, self.x[:F], self.y, self.xx[:F, :F], self.xy[:F], self.yy)
-
-    def along(self, directions: Tensor) -> Sums:
-        """The sums of the targets in these directions, the columns of `[Dc, k]`."""
-        yy = directions.T @ self.yy @ directions
-        return Sums(self.count, self.x, self.y @ directions, self.xx, self.xy @ directions, yy)
 
     @staticmethod
     def total(parts: Sequence[Sums]) -> Sums:
@@ -109,16 +103,13 @@ def fit_ridge(folds: Sequence[Sums]) -> RidgeFit:
         whole = _solve(total, FIRST_PENALTY)
         return RidgeFit(whole, [whole] * len(folds), _absolute(total, FIRST_PENALTY), None, _mean(whole, total))
     rests = {number: total.without(folds[number]) for number in full}
-    directions = _search_directions(total.y)
-    search = [(rest.along(directions), folds[number].along(directions)) for number, rest in rests.items()]
 
     def error(step: int) -> float:
-        return sum(_solve(rest, _penalty(step)).error(left_out) for rest, left_out in search)
+        return sum(_solve(rest, _penalty(step)).error(folds[number]) for number, rest in rests.items())
 
-    step = _descend(error)
+    step, least = _descend(error)
     maps = {number: _solve(rest, _penalty(step)) for number, rest in rests.items()}
     whole = _solve(total, _penalty(step))
-    least = sum(found.error(folds[number]) for number, found in maps.items())
     variance = total.yy.trace() - total.y @ total.y / total.count
     covariance = torch.stack([maps[number].residual(folds[number]) for number in full]).sum(dim=0) / total.count
     return RidgeFit(
@@ -130,19 +121,7 @@ def fit_ridge(folds: Sequence[Sums]) -> RidgeFit:
     )
 
 
-def _search_directions(targets: Tensor) -> Tensor:
-    """Orthonormal columns `[Dc, k]`, drawn at random; all of Dc if they are few.
-
-    The squared error in random directions is, but for a factor, an unbiased estimate of that in all.
-    """
-    D = len(targets)
-    if D <= SEARCH_TARGETS:
-        return torch.eye(D).to(targets)
-    drawn = torch.randn(D, SEARCH_TARGETS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return torch.linalg.qr(drawn).Q.to(targets)
-
-
-def _descend(error: Callable[[int], float]) -> int:
+def _descend(error: Callable[[int], float]) -> tuple[int, float]:
     """The step with the least error, going down from 0: the error has one minimum."""
     best, least = 0, error(0)
     for direction in (1, -1):
@@ -150,7 +129,7 @@ def _descend(error: Callable[[int], float]) -> int:
             best, least = best + direction, found
         if best:
             break
-    return best
+    return best, least
 
 
 def _penalty(step: int) -> float:

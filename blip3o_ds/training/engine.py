@@ -231,7 +231,7 @@ def check_deepspeed_config(settings: dict[str, Any], source: str) -> None:
         raise ConfigError(f"{source}: {section}.{key} = {found['input']!r}: {problem}") from None
     except TypeError as error:  # a section that is no section
         raise ConfigError(f"{source}: DeepSpeed does not take it: {error}") from None
-    for key in settings.keys() - asked.names:
+    for key in sorted(settings.keys() - asked.names):
         raise ConfigError(f"{source}: {key} is not a key of DeepSpeed's{nearest(key, sorted(asked.names))}")
 
 

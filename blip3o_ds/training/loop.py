@@ -101,9 +101,9 @@ def finished_summary(run: Run) -> dict[str, Any] | None:
         path = run.folder / FINAL_SUMMARY
         saved = read_run_config(run.folder)[0]
         asked_anew = (saved.eval, saved.data.eval_dirs) != (run.config.eval, run.config.data.eval_dirs)
-        if run.state.step < run.state.total_steps or asked_anew:
+        if run.state.step < run.state.total_steps:
             path.unlink(missing_ok=True)
-        if not path.exists():
+        if asked_anew or not path.exists():
             return None
         logger.info("%s is finished; `blip3o-ds eval %s` evaluates it again", run.folder, run.folder)
         return read_json(path, CheckpointError, "remove it, and resume the run to evaluate it again")

@@ -83,12 +83,12 @@ def test_a_url_with_a_space_can_be_trusted(monkeypatch):
 
 
 @pytest.mark.parametrize("of", ["http://[::1/x", "arrow_hdfs://evil:8020/set"])
-def test_what_is_no_url_is_an_error_of_the_data(of):
-    for location in ("https://host/eval", "s3://bucket/eval"):
-        with pytest.raises(DataError, match=rf"{re.escape(of)}: not a URL"):
-            shards_location(location, split_of(of))
-    with pytest.raises(DataError):
-        shards_location("/data/split/eval", split_of(of))
+@pytest.mark.parametrize("trusted", ["", "https://host/set"])
+@pytest.mark.parametrize("location", ["https://host/eval", "s3://bucket/eval", "/data/split/eval"])
+def test_what_is_no_url_is_an_error_of_the_data(of, location, trusted, monkeypatch):
+    monkeypatch.setenv("BLIP3O_TRUSTED_URLS", trusted)
+    with pytest.raises(DataError, match=rf"{re.escape(of)}: not a URL"):
+        shards_location(location, split_of(of))
 
 
 def test_a_pipe_cannot_follow_a_relative_parent():

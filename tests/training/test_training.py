@@ -22,7 +22,7 @@ from blip3o_ds.data.reading.dataset import EmbeddingDataset
 from blip3o_ds.data.reading.loader import read_batches
 from blip3o_ds.data.tools.convert import convert
 from blip3o_ds.files import FileLock
-from blip3o_ds.runs.folder import LOCK, LOG
+from blip3o_ds.runs.folder import LOCK, LOG, create_run
 from blip3o_ds.training import evaluation
 from blip3o_ds.training.checkpoint import TrainState
 from blip3o_ds.training.evaluation import is_best
@@ -288,6 +288,26 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(embeddings, tmp_path, launc
     assert "is finished" not in again.output
     [result] = json.loads((first.run_dir / "final_summary.json").read_text())["evaluation"].values()
     assert result["samples_per_image"] == 2
+
+
+def test_a_result_stays_until_another_takes_its_place_unless_its_weights_are_lost(one_rank, tmp_path):
+    from blip3o_ds.training.loop import finished_summary
+
+    config, other = small_config(2), small_config(2, **{"eval.num_samples": 7})
+    folder = create_run(tmp_path, config, {})
+    summary = folder / "final_summary.json"
+
+    def found(step: int, config) -> dict | None:
+        run = SimpleNamespace(folder=folder, config=config, state=TrainState(total_steps=6, step=step))
+        return finished_summary(run)
+
+    assert found(6, config) is None
+    summary.write_text('{"steps": 6}')
+    assert found(6, config) == {"steps": 6}
+    assert found(6, other) is None  # to be evaluated in another way, and not yet done
+    assert summary.exists()
+    assert found(5, config) is None
+    assert not summary.exists()
 
 
 def test_a_run_that_another_process_trains_is_not_resumed(embeddings, tmp_path, launch):

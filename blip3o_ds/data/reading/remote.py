@@ -55,8 +55,8 @@ def linked_location(base: str, of: str) -> str:
     URL that the user trusts (`TRUSTED_URLS`, an environment variable). Raises DataError otherwise.
     """
     if is_remote(of):
-        trusted = os.environ.get(TRUSTED_URLS, "").split()
-        if (is_remote(base) and _host(of) == _host(base)) or any(_is_below(of, url) for url in trusted):
+        host, trusted = _host(of), os.environ.get(TRUSTED_URLS, "").split()
+        if (is_remote(base) and host == _host(base)) or any(_is_below(of, url) for url in trusted):
             return of
         raise DataError(
             f"{base}: its manifest reads samples from {of}, which is elsewhere; if you trust that dataset, set the "
